@@ -1,0 +1,77 @@
+"""The fused rollout, and the one scorer of trajectories in both directions.
+
+TB-type objectives accept any path: the rollout's noise may be widened by exploration, while the score that the
+learner trains on is always computed here, from states, with its current parameters.
+"""
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from driftstream.actors.policy import DiffusionPolicy
+from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.targets import CountedTarget, Target
+from driftstream.envs.trajectory import make_trajectories
+
+
+@torch.no_grad()
+def rollout(
+    policy: DiffusionPolicy,
+    process: BrownianProcess,
+    target: Target | CountedTarget,
+    times: Tensor,
+    batch_size: int,
+    exploration_std: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> TensorDict:
+    """Draw a batch of trajectories from the policy, with extra noise of rate `exploration_std`.
+
+    Args:
+        times: grid `[T+1]`; its dtype and device are those of the trajectories.
+        batch_size: B.
+        exploration_std: e; the behaviour policy's variance is sigma^2 dt exp(v) + e^2 dt.
+        generator: of the noise; `None` uses the global one, as `DiffusionSamplingEnv.rollout` does.
+
+    Returns:
+        Trajectories (`envs.trajectory`) with batch size `[B]`; `scores [B, T, D]` at the start of every step are
+        there when the policy uses them, so that the learner need not evaluate the target again. No gradient.
+    """
+    steps, dim = len(times) - 1, policy.dim
+    dt = times.diff().tolist()
+    embedding = policy.embed_times(times[:-1])
+    states = times.new_empty(batch_size, steps + 1, dim)
+    scores = times.new_empty(batch_size, steps, dim) if policy.langevin else None
+    x = states[:, 0] = times.new_zeros(batch_size, dim)
+    for n in range(steps):
+        score = None
+        if scores is not None:
+            score = scores[:, n] = target.score(x)
+        drift, log_var = policy(x, embedding[n], score)
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        x = process.step(x, drift, dt[n], noise, log_var=log_var, extra_variance=exploration_std**2)
+        states[:, n + 1] = x
+    return make_trajectories(states, times, target.log_reward(x), scores=scores)
+
+
+def score_trajectories(
+    policy: DiffusionPolicy,
+    process: BrownianProcess,
+    states: Tensor,
+    times: Tensor,
+    scores: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per-step log densities of given trajectories under the forward and the backward policy.
+
+    Args:
+        states: `[B, T+1, D]`, wherever they came from (rollouts, bridges, another sampler).
+        times: `[T+1]`.
+        scores: gradient of log R at `states[:, :-1]`, `[B, T, D]`; needed when the policy uses it.
+
+    Returns:
+        `(log_pf [B, T], log_pb [B, T])`. Gradients flow to the policy's parameters, and to `states` if they
+        require it; exploration noise plays no part.
+
+    Source: Sendera et al. 2024 (arXiv 2402.05098), section 2.
+    """
+    drift, log_var = policy(states[:, :-1], policy.embed_times(times[:-1]), scores)
+    return process.log_pf(states, times, drift, log_var), process.log_pb(states, times)

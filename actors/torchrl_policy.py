@@ -1,0 +1,82 @@
+"""The policy as TorchRL modules, for `DiffusionSamplingEnv` and whatever else drives a TorchRL environment.
+
+Head -> exploration -> sampler: exploration widens the scale before the action is drawn, so that the
+log-probability that TorchRL reports is that of the behaviour policy.
+"""
+
+import torch
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.modules import IndependentNormal, ProbabilisticActor
+
+from driftstream.actors.policy import DiffusionPolicy
+from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.targets_base import Target
+
+
+class TransitionHead(nn.Module):
+    """Mean and scale of the next state: `(state [B, D], step [B, 1]) -> (loc [B, D], scale [B, D])`."""
+
+    times: Tensor
+
+    def __init__(
+        self, policy: DiffusionPolicy, process: BrownianProcess, target: Target, times: Tensor
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.process = process
+        self.target = target
+        self.register_buffer("times", times)
+
+    def forward(self, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        start = step.squeeze(-1).clamp_max(len(self.times) - 2)
+        dt = self.times.diff()[start].unsqueeze(-1)
+        score = self.target.score(state) if self.policy.langevin else None
+        drift, log_var = self.policy(state, self.policy.embed_times(self.times[start]), score)
+        variance = self.process.diffusion_variance * dt
+        if log_var is not None:
+            variance = variance * log_var.exp()
+        return state + drift * dt, variance.sqrt().expand_as(state)
+
+
+class ExplorationScale(nn.Module):
+    """Adds the variance std^2 dt of Gaussian exploration: `(scale, step) -> scale`."""
+
+    times: Tensor
+
+    def __init__(self, std: float, times: Tensor) -> None:
+        super().__init__()
+        self.std = std
+        self.register_buffer("times", times)
+
+    def forward(self, scale: Tensor, step: Tensor) -> Tensor:
+        start = step.squeeze(-1).clamp_max(len(self.times) - 2)
+        return (scale.square() + self.std**2 * self.times.diff()[start].unsqueeze(-1)).sqrt()
+
+
+def make_torchrl_policy(
+    policy: DiffusionPolicy,
+    process: BrownianProcess,
+    target: Target,
+    times: Tensor,
+    exploration_std: float = 0.0,
+) -> ProbabilisticActor:
+    """The stochastic policy of `DiffusionSamplingEnv`: reads `state` and `step`, writes `action`.
+
+    Also writes `loc`, `scale` and the log-probability of the action under the behaviour policy. With
+    `torch.manual_seed` before it, `env.rollout` draws the same trajectories as `rollout`.
+    """
+    head = TensorDictModule(
+        TransitionHead(policy, process, target, times), in_keys=["state", "step"], out_keys=["loc", "scale"]
+    )
+    explore = TensorDictModule(
+        ExplorationScale(exploration_std, times), in_keys=["scale", "step"], out_keys=["scale"]
+    )
+    return ProbabilisticActor(
+        TensorDictSequential(head, explore) if exploration_std else head,
+        in_keys=["loc", "scale"],
+        out_keys=["action"],
+        distribution_class=IndependentNormal,
+        default_interaction_type=InteractionType.RANDOM,
+        return_log_prob=True,
+    )

@@ -1,0 +1,147 @@
+"""Replay of terminal states: a TorchRL `ReplayBuffer` owned by the learner."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
+
+from driftstream.buffers.samplers import RankSampler
+from driftstream.envs.errors import require
+
+Prioritization = Literal["rank", "uniform"]
+Source = Literal["auto", "refined", "terminals"]
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What is replayed, how much of it and how it is chosen; raises ConfigError for a field out of range.
+
+    `ratio` counts replayed batches per fresh batch (0 switches replay off), `minimum` the states held before
+    replay starts. `source` says which states enter: the refiners' (`refined`), the actors' (`terminals`), or
+    the refiners' where there are any (`auto`).
+    """
+
+    capacity: int = 600_000
+    prioritization: Prioritization = "rank"
+    rank_k: float = 0.01
+    ratio: float = 1.0
+    source: Source = "auto"
+    minimum: int = 300
+
+    def __post_init__(self) -> None:
+        require(self.capacity >= 1, "capacity", self.capacity, "at least 1")
+        kinds, sources = get_args(Prioritization), get_args(Source)
+        require(
+            self.prioritization in kinds, "prioritization", self.prioritization, f"one of {', '.join(kinds)}"
+        )
+        require(self.source in sources, "source", self.source, f"one of {', '.join(sources)}")
+        require(self.rank_k > 0 and math.isfinite(self.rank_k), "rank_k", self.rank_k, "a positive number")
+        require(
+            self.ratio >= 0 and math.isfinite(self.ratio), "ratio", self.ratio, "a finite number, at least 0"
+        )
+        in_range = 1 <= self.minimum <= self.capacity
+        require(in_range, "minimum", self.minimum, f"between 1 and the capacity {self.capacity}")
+
+
+class TerminalReplay:
+    """First-in-first-out memory of terminal states [D] and their log rewards, drawn by rank or uniformly.
+
+    Rows are float32. One process and one thread own it. `generator=None` draws from the global random stream,
+    which is then not part of the state.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        config: ReplayConfig | None = None,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.dim = dim
+        self.config = config or ReplayConfig()
+        self.device = torch.device(device)
+        self.generator = generator
+        self.inserted = 0
+        self.sampled = 0
+        by_rank = self.config.prioritization == "rank"
+        sampler: Sampler = RankSampler(self.config.rank_k) if by_rank else RandomSampler()
+        self._buffer = ReplayBuffer(
+            storage=LazyTensorStorage(self.config.capacity, device=self.device),
+            sampler=sampler,
+            generator=generator,
+        )
+
+    def __len__(self) -> int:
+        return len(self._buffer)
+
+    @property
+    def samples_per_insert(self) -> float:
+        """States drawn per state inserted so far."""
+        return self.sampled / max(self.inserted, 1)
+
+    def add(self, terminal: Tensor, log_reward: Tensor) -> int:
+        """Inserts states [N,D] with log rewards [N], detached; returns how many were kept.
+
+        Rows that are not finite are left out: no backward path could be scored from them.
+        """
+        if terminal.shape != (len(log_reward), self.dim):
+            raise ValueError(
+                f"terminal {tuple(terminal.shape)}, log_reward {tuple(log_reward.shape)}: "
+                f"expected [N,{self.dim}], [N]"
+            )
+        terminal = terminal.detach().to(self.device, torch.float32)
+        log_reward = log_reward.detach().to(self.device, torch.float32)
+        finite = terminal.isfinite().all(-1) & log_reward.isfinite()
+        if not finite.all():
+            terminal, log_reward = terminal[finite], log_reward[finite]
+        self._insert(terminal, log_reward)
+        self.inserted += len(terminal)
+        return len(terminal)
+
+    def _insert(self, terminal: Tensor, log_reward: Tensor) -> None:
+        # Rows beyond the capacity would overwrite each other within one write.
+        terminal, log_reward = terminal[-self.config.capacity :], log_reward[-self.config.capacity :]
+        if len(terminal):
+            entries = {"terminal": terminal, "log_reward": log_reward}
+            self._buffer.extend(TensorDict(entries, batch_size=[len(terminal)], device=self.device))
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        """`n` states [n,D] and log rewards [n], with replacement; raises RuntimeError when there are none."""
+        rows = self._buffer.sample(n)
+        self.sampled += n
+        return rows["terminal"], rows["log_reward"]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors from which `load_state_dict` restores bitwise the same future draws."""
+        state = {f"sampler.{key}": value for key, value in self._buffer.sampler.state_dict().items()}
+        if len(self):
+            rows = self._buffer[:].clone()
+            state |= {"terminal": rows["terminal"], "log_reward": rows["log_reward"]}
+        cursor = self._buffer.writer.state_dict()["_cursor"]
+        state["counters"] = torch.tensor([cursor, self.inserted, self.sampled])
+        if self.generator is not None:
+            state["generator"] = self.generator.get_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replaces everything held; the configuration and dimension must be those of the saved replay."""
+        self._buffer.empty()
+        if "terminal" in state:
+            self._insert(state["terminal"].to(self.device), state["log_reward"].to(self.device))
+        cursor, self.inserted, self.sampled = state["counters"].tolist()
+        self._buffer.writer.load_state_dict({"_cursor": cursor})
+        prefix = "sampler."
+        self._buffer.sampler.load_state_dict(
+            {
+                key.removeprefix(prefix): value.to(self.device)
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+        )
+        if self.generator is not None and "generator" in state:
+            self.generator.set_state(state["generator"].cpu())

@@ -1,0 +1,131 @@
+"""What every socket of the data plane shares: checked endpoints, bounded waits, a way to wake a thread.
+
+Sockets bind to `ipc://` paths (in the run directory, mode 0700) or to loopback addresses. Whatever reaches
+one of them is trusted to be on this machine and under this user; an address that others can reach needs keys.
+"""
+
+import contextlib
+import ipaddress
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+
+from driftstream.envs.errors import ConfigError, require
+
+MAX_IPC_PATH_BYTES = 107
+_LINGER_MS = 500
+
+
+def check_endpoint(endpoint: str, field: str = "endpoint") -> str:
+    """The endpoint itself, if a socket may use it: `ipc://PATH`, or `tcp://ADDRESS:PORT` on loopback.
+
+    Raises `ConfigError` for another transport, for an ipc path that the system would refuse, and for an
+    address that other machines can reach.
+    """
+    transport, _, address = endpoint.partition("://")
+    require(transport in ("ipc", "tcp") and address != "", field, endpoint, "ipc://PATH or tcp://HOST:PORT")
+    if transport == "ipc":
+        length = len(address.encode())
+        allowed = (
+            f"an ipc path of at most {MAX_IPC_PATH_BYTES} bytes (it has {length}); use a shorter directory"
+        )
+        require(length <= MAX_IPC_PATH_BYTES, field, endpoint, allowed)
+        return endpoint
+    host, _, port = address.rpartition(":")
+    require(
+        port == "*" or (port.isascii() and port.isdigit() and int(port) < 2**16),
+        field,
+        endpoint,
+        "a port or *",
+    )
+    check_host(host.strip("[]"), field)
+    return endpoint
+
+
+def check_host(host: str, field: str = "host") -> str:
+    """The host itself, if it is a loopback address; `ConfigError` otherwise (other addresses need keys)."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    require(loopback, field, host, "a loopback address (one that other machines reach needs keys)")
+    return host
+
+
+def make_socket(context: zmq.Context, kind: int, max_frame_bytes: int = -1) -> Any:
+    """A socket that closes in bounded time, drops too large frames unread, and notices a vanished peer."""
+    socket = context.socket(kind)
+    socket.linger = _LINGER_MS
+    socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+    return socket
+
+
+def bind(socket: Any, endpoint: str) -> str:
+    """Bind and return the endpoint with its port resolved; `ConfigError` where the address cannot be had."""
+    try:
+        socket.bind(check_endpoint(endpoint))
+    except zmq.ZMQError as error:
+        raise ConfigError("endpoint", endpoint, f"an address to bind to ({error.strerror})") from None
+    return socket.last_endpoint.decode()
+
+
+def close(context: zmq.Context, *sockets: Any) -> None:
+    """Close the sockets and their context; what is still to be sent gets half a second."""
+    for socket in sockets:
+        socket.close()
+    context.term()
+
+
+def drain(socket: Any, copy: bool = False) -> Iterator[list[Any]]:
+    """The messages that wait on a socket, without waiting for more."""
+    while True:
+        try:
+            yield socket.recv_multipart(zmq.NOBLOCK, copy=copy)
+        except zmq.Again:
+            return
+
+
+def send_now(socket: Any, frames: list[Any]) -> bool:
+    """Send without waiting (and without a copy); False where no connection takes the message now."""
+    try:
+        socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+    except zmq.Again:
+        return False
+    return True
+
+
+class Waker:
+    """Wakes one thread that polls `socket`; `wake` may be called under a lock from any thread."""
+
+    def __init__(self, context: zmq.Context) -> None:
+        self.socket = context.socket(zmq.PAIR)
+        self._sender = context.socket(zmq.PAIR)
+        name = f"inproc://waker-{id(self)}"
+        self.socket.bind(name)
+        self._sender.connect(name)
+
+    def wake(self) -> None:
+        """Make the thread's poll return; the caller holds the lock that guards this waker."""
+        # A full pipe holds enough wake-ups already.
+        with contextlib.suppress(zmq.Again):
+            self._sender.send(b"", zmq.NOBLOCK)
+
+    def clear(self) -> None:
+        """Forget the wake-ups so far; for the polling thread."""
+        for _ in drain(self.socket):
+            pass
+
+    def close(self) -> None:
+        """Close both ends, after the polling thread has ended."""
+        self.socket.close(linger=0)
+        self._sender.close(linger=0)
+
+
+def remaining_ms(deadline: float) -> int:
+    """Whole milliseconds until `deadline` (of `time.monotonic`), rounded up and not negative."""
+    return max(0, math.ceil((deadline - time.monotonic()) * 1000))

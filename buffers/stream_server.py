@@ -1,0 +1,308 @@
+"""The learner's end of the stream (protocol: see `channels`)."""
+
+import logging
+import threading
+import time
+from collections import deque
+from itertools import islice
+from typing import Self
+
+import zmq
+from torch import Tensor
+
+from driftstream.buffers import sockets
+from driftstream.buffers.credits import Arrival, CreditLedger
+from driftstream.buffers.stream_config import SeedRequest, StreamConfig, StreamError
+from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode, is_integer
+from driftstream.envs.errors import require
+
+logger = logging.getLogger(__name__)
+
+_TURN_S = 0.5
+_MESSAGES_PER_TURN = 64
+_MAX_SENDERS = 4096
+_MAX_SEQUENCE = 2**53
+_LOGGED_REJECTIONS = 10
+
+
+class StreamServer:
+    """Receives batches in a thread of its own; the learner takes and releases them.
+
+    `max_outstanding` is the width of the ticket window over all actors (default: what `config.max_staleness`
+    allows at one fresh batch a step). `version` is the policy version that the first batches may be made
+    with. All methods are thread-safe. Nothing that a sender sends raises here, with one exception: a sender
+    whose messages are refused `config.reject_threshold` times in a row makes `take` raise `StreamError`.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        config: StreamConfig,
+        limits: WireLimits | None = None,
+        max_outstanding: int | None = None,
+        version: int = 0,
+    ) -> None:
+        window = config.max_outstanding() if max_outstanding is None else max_outstanding
+        require(type(window) is int and window >= 1, "max_outstanding", window, "an integer of at least 1")
+        self._config = config
+        self._limits = limits or WireLimits(max_message_bytes=config.max_message_bytes)
+        self._ledger = CreditLedger(config.credits, window)
+        self._version = version
+        self._trajectories: deque[Message] = deque()
+        self._terminals: deque[Message] = deque()
+        self._requests: dict[str, SeedRequest] = {}
+        self._identities: dict[str, bytes] = {}
+        self._hellos: dict[str, int] = {}
+        self._refused_in_a_row: dict[str, int] = {}
+        self._due: set[str] = set()
+        self._outbox: deque[tuple[str, list[bytes | memoryview]]] = deque()
+        self._counters = dict.fromkeys(
+            ("rejected", "duplicates", "out_of_order", "received_batches", "received_bytes"), 0
+        )
+        self._failure: str | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._context: zmq.Context = zmq.Context()
+        self._router = sockets.make_socket(self._context, zmq.ROUTER, self._limits.max_message_bytes)
+        self._router.router_mandatory = 1  # a send to a connection that is gone says so
+        self._router.rcvhwm = config.credits + 8
+        self._waker = sockets.Waker(self._context)
+        try:
+            self.endpoint = sockets.bind(self._router, endpoint)
+        except Exception:
+            self._close_sockets()
+            raise
+        self._thread = threading.Thread(target=self._run, name="stream-server", daemon=True)
+        self._thread.start()
+
+    def take(self, timeout_s: float) -> Message | None:
+        """The oldest batch of trajectories, or None at the time-out; `release` it when it is used.
+
+        Raises `StreamError` when nothing more is to be expected: a sender is broken, or the ingest thread
+        failed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._trajectories or self._failure or self._closed, timeout_s)
+            self._raise_failure()
+            return self._trajectories.popleft() if self._trajectories else None
+
+    def take_terminals(self) -> list[Message]:
+        """All batches of terminal states that have arrived, oldest first; `release` each once stored."""
+        with self._changed:
+            self._raise_failure()
+            taken = list(self._terminals)
+            self._terminals.clear()
+            return taken
+
+    def release(self, message: Message, version: int) -> None:
+        """Acknowledge a batch that was taken, and let its place go to a next one.
+
+        `version` is the newest *published* policy version: batches begun from now on are made with it or a
+        newer one. In lock-step (`max_staleness` 0) publish the weights that this batch led to first.
+        """
+        with self._changed:
+            self._version = version
+            self._ledger.consume(message.sender, message.epoch, message.sequence)
+            self._due.add(message.sender)
+            self._wake()
+
+    def seed_requests(self) -> list[SeedRequest]:
+        """The requests that `send_seeds` has not answered yet, at most one (the latest) per sender."""
+        with self._changed:
+            return list(self._requests.values())
+
+    def send_seeds(self, request: SeedRequest, terminal: Tensor, log_reward: Tensor, version: int) -> None:
+        """Answer a request with `terminal [N,D]`, `log_reward [N]`, any N; do not write to them later."""
+        tensors = {"terminal": terminal, "log_reward": log_reward}
+        message = Message("seeds", request.sender, request.epoch, request.sequence, version, {}, tensors)
+        frames = encode(message, self._limits)
+        with self._changed:
+            if self._requests.get(request.sender) == request:
+                del self._requests[request.sender]
+            self._outbox.append((request.sender, frames))
+            self._wake()
+
+    def forget(self, sender: str) -> None:
+        """Give a sender's unused tickets to others, as if its connection were lost; what arrived remains."""
+        with self._changed:
+            self._disconnect(sender, self._identities.get(sender))
+            self._wake()
+
+    def counters(self) -> dict[str, int]:
+        """Totals since the start (`rejected`, `duplicates`, `out_of_order`, `received_*`), present depths."""
+        with self._changed:
+            return {
+                **self._counters,
+                "queue_depth": len(self._trajectories),
+                "terminals_depth": len(self._terminals),
+                "outstanding": self._ledger.outstanding,
+                "senders": sum(sender.connected for sender in self._ledger.senders.values()),
+            }
+
+    def close(self) -> None:
+        """End the thread and close the sockets, within about a second; waiting `take` calls return None."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._waker.wake()
+            self._changed.notify_all()
+        self._thread.join()
+        self._close_sockets()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _close_sockets(self) -> None:
+        self._waker.close()
+        sockets.close(self._context, self._router)
+
+    def _wake(self) -> None:
+        if not self._closed:
+            self._waker.wake()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise StreamError(self._failure)
+
+    # From here on: the ingest thread, which alone touches the ROUTER socket.
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._waker.socket, zmq.POLLIN)
+        next_look = time.monotonic() + _TURN_S
+        try:
+            while not self._closed:
+                poller.poll(sockets.remaining_ms(next_look))
+                self._waker.clear()
+                for frames in islice(sockets.drain(self._router), _MESSAGES_PER_TURN):
+                    self._take_in(frames[0].bytes, frames[1:])
+                if time.monotonic() >= next_look:
+                    next_look = time.monotonic() + _TURN_S
+                    with self._changed:
+                        self._due.update(self._ledger.blocking())
+                self._answer()
+        except Exception as error:
+            logger.exception("the ingest thread failed")
+            with self._changed:
+                self._failure = f"the ingest thread failed: {error!r}"
+                self._changed.notify_all()
+
+    def _take_in(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+        try:
+            message = decode(frames, self._limits)
+            with self._changed:
+                match message.kind:
+                    case "hello":
+                        self._take_hello(identity, message)
+                    case "seed_request":
+                        self._take_seed_request(message)
+                    case "trajectories" | "terminals":
+                        self._take_batch(message)
+                        self._refused_in_a_row.pop(message.sender, None)
+                        self._counters["received_bytes"] += sum(len(frame) for frame in frames)
+                    case _:
+                        raise WireError(f"{message.kind} is not for the learner")
+        except WireError as error:
+            with self._changed:
+                self._refuse(identity, str(error))
+
+    def _take_hello(self, identity: bytes, hello: Message) -> None:
+        position = [hello.counters.get(name) for name in ("paced", "acknowledged", "sent", "granted")]
+        paced, acknowledged, sent, granted = (n if is_integer(n) else -1 for n in position)
+        if paced not in (0, 1) or not 0 <= acknowledged <= sent <= granted <= _MAX_SEQUENCE:
+            raise WireError("hello without a position in its stream")
+        if len(self._ledger.senders) >= _MAX_SENDERS and hello.sender not in self._ledger.senders:
+            raise WireError(f"more than {_MAX_SENDERS} senders")
+        sender = self._ledger.greet(hello.sender, hello.epoch, bool(paced), acknowledged, sent, granted)
+        if sender is None:
+            raise WireError(
+                f"{hello.sender} contradicts its stream of epoch {hello.epoch}; a restart needs a new one"
+            )
+        self._identities[hello.sender] = identity
+        self._hellos[hello.sender] = hello.sequence
+        self._due.add(hello.sender)
+
+    def _take_batch(self, batch: Message) -> None:
+        sender = self._ledger.senders.get(batch.sender)
+        if sender is None or sender.epoch != batch.epoch:
+            # A sender that this server does not know (any more) says hello and sends its batch again.
+            self._counters["out_of_order"] += 1
+            return
+        if sender.paced != (batch.kind == "trajectories"):
+            raise WireError(f"{batch.sender} sends {batch.kind}, but said that it produces something else")
+        arrival = self._ledger.receive(sender, batch.sequence)
+        if arrival is Arrival.NEW:
+            (self._trajectories if sender.paced else self._terminals).append(batch)
+            self._counters["received_batches"] += 1
+            self._changed.notify_all()
+        else:
+            self._counters["duplicates" if arrival is Arrival.DUPLICATE else "out_of_order"] += 1
+
+    def _take_seed_request(self, request: Message) -> None:
+        n = request.counters.get("n")
+        if not is_integer(n, least=1) or n > self._limits.max_rows:
+            raise WireError(f"seed request for {n} rows: expected 1 to {self._limits.max_rows}")
+        sender = self._ledger.senders.get(request.sender)
+        if sender is not None and sender.epoch == request.epoch:
+            self._requests[request.sender] = SeedRequest(request.sender, n, request.epoch, request.sequence)
+
+    def _refuse(self, identity: bytes, reason: str) -> None:
+        self._counters["rejected"] += 1
+        name = next((name for name, known in self._identities.items() if known == identity), None)
+        if self._counters["rejected"] <= _LOGGED_REJECTIONS:
+            logger.warning("message from %s refused: %s", name or "an unknown sender", reason)
+        if name is not None:
+            self._refused_in_a_row[name] = self._refused_in_a_row.get(name, 0) + 1
+            if self._refused_in_a_row[name] >= self._config.reject_threshold:
+                self._failure = (
+                    f"{name}: {self._refused_in_a_row[name]} messages in a row refused; the last: {reason}"
+                )
+                self._changed.notify_all()
+
+    def _answer(self) -> None:
+        """Send what is due: credits to senders whose position changed, and seeds."""
+        while True:
+            with self._changed:
+                due = (self._due | self._ledger.grant()) & self._identities.keys()
+                outgoing = [*self._outbox, *((name, self._credit(name)) for name in due)]
+                routes = dict(self._identities)
+                self._due.clear()
+                self._outbox.clear()
+            gone = {
+                name for name, frames in outgoing if name in routes and not self._send(routes[name], frames)
+            }
+            if not gone:
+                return
+            with self._changed:
+                for name in gone:
+                    self._disconnect(name, routes[name])
+
+    def _credit(self, name: str) -> list[bytes | memoryview]:
+        sender = self._ledger.senders[name]
+        position = {
+            "acknowledged": sender.acknowledged,
+            "received": sender.received,
+            "granted": sender.granted,
+        }
+        return encode(Message("credit", name, sender.epoch, self._hellos[name], self._version, position))
+
+    def _send(self, identity: bytes, frames: list[bytes | memoryview]) -> bool:
+        """Whether the connection is still there; a full one loses the message, which is then asked for."""
+        try:
+            sockets.send_now(self._router, [identity, *frames])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+    def _disconnect(self, name: str, identity: bytes | None) -> None:
+        if identity is not None and self._identities.get(name) == identity:
+            del self._identities[name]
+            self._requests.pop(name, None)
+            self._ledger.disconnect(name)

@@ -1,0 +1,25 @@
+"""Errors that reach the user as one clear line."""
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot work: names the field, the value and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field} = {value!r}: expected {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str]]:
+        # Exceptions are rebuilt from `args`, which holds the finished message only.
+        return type(self), (self.field, self.value, self.allowed)
+
+
+class TargetError(RuntimeError):
+    """A target's own code raised, or returned something that is not a log density or a score."""
+
+
+def require(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raise `ConfigError(field, value, allowed)` unless the condition holds."""
+    if not condition:
+        raise ConfigError(field, value, allowed)

@@ -1,0 +1,64 @@
+"""Time grids: 0 = t_0 < … < t_T = 1."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from driftstream.envs.errors import ConfigError, require
+from driftstream.envs.targets_base import Target
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """Which time grid to simulate on; `sampling_steps` (T) None takes the target's suggestion."""
+
+    kind: Literal["uniform", "random"] = "uniform"
+    sampling_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("uniform", "random"), "grid.kind", self.kind, "'uniform' or 'random'")
+        steps = self.sampling_steps
+        require(steps is None or steps >= 1, "grid.sampling_steps", steps, "at least 1")
+
+    def resolve(self, target: Target) -> "GridConfig":
+        """The same with the target's suggestion where `sampling_steps` is open."""
+        if self.sampling_steps is not None:
+            return self
+        return replace(self, sampling_steps=target.sampling_steps)
+
+
+def uniform_grid(
+    sampling_steps: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """times [T+1], equally spaced."""
+    return torch.linspace(0.0, 1.0, sampling_steps + 1, dtype=torch.float64).to(device, dtype)
+
+
+def random_grid(
+    sampling_steps: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """times [T+1], the normalised cumulative sums of T draws from U[1, 10]."""
+    draw_device = device if generator is None else generator.device
+    steps = torch.rand(sampling_steps, dtype=torch.float64, device=draw_device, generator=generator)
+    ends = (1.0 + 9.0 * steps).cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends / ends[-1]]).to(device, dtype)
+
+
+def make_grid(
+    config: GridConfig,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """times [T+1] with exact ends 0 and 1, newly drawn if random; ConfigError while T is unresolved."""
+    steps = config.sampling_steps
+    if steps is None:
+        raise ConfigError("grid.sampling_steps", None, "a number of steps (see GridConfig.resolve)")
+    if config.kind == "random":
+        return random_grid(steps, generator, device, dtype)
+    return uniform_grid(steps, device, dtype)

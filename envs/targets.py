@@ -1,0 +1,63 @@
+"""The registry of targets: densities by name, or from a user's own file."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from driftstream.envs.errors import ConfigError, TargetError, require
+from driftstream.envs.registry import Registry, load_object
+from driftstream.envs.targets_base import CountedTarget, Target
+from driftstream.envs.targets_funnel import easy_funnel, funnel
+from driftstream.envs.targets_gmm import gmm9, gmm25
+from driftstream.envs.targets_manywell import ManyWell
+
+__all__ = ["TARGETS", "CountedTarget", "Target", "make_target", "target_names"]
+
+TARGETS: Registry[Callable[..., Target]] = Registry("target")
+TARGETS.register("gmm9")(gmm9)
+TARGETS.register("gmm25")(gmm25)
+TARGETS.register("funnel")(funnel)
+TARGETS.register("easy_funnel")(easy_funnel)
+TARGETS.register("manywell")(ManyWell)
+
+
+def make_target(name: str, /, **options: Any) -> Target:
+    """A target by its registered name, or by "package.module:Attr" or "path/file.py:Attr".
+
+    Attr is a Target subclass or a function that returns a Target; both are called with the options. Raises
+    ConfigError for an unknown name or option or a value that is not allowed, TargetError where the target's
+    own code raises.
+    """
+    expected = "a Target subclass or a function that returns a Target"
+    factory = load_object(name, "target") if ":" in name else TARGETS.get(name)
+    require(callable(factory), "target", name, expected)
+    _check_options(name, factory, options)
+    try:
+        target = factory(**options)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise TargetError(f"target {name!r} raised {type(error).__name__}: {error}") from error
+    require(isinstance(target, Target), "target", name, expected)
+    target.name = target.name or name.rpartition(":")[2]
+    dim = getattr(target, "dim", None)
+    require(isinstance(dim, int) and dim >= 1, f"{target.name}.dim", dim, "a positive integer")
+    return target
+
+
+def target_names() -> list[str]:
+    """The registered names, sorted."""
+    return TARGETS.names()
+
+
+def _check_options(name: str, factory: Callable[..., Target], options: dict[str, Any]) -> None:
+    parameters = inspect.signature(factory).parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for option, value in options.items():
+            allowed = f"an option of {name} ({', '.join(known) or 'it has none'})"
+            require(option in known, option, value, allowed)
+    for parameter in parameters:
+        needed = parameter.name in known and parameter.default is parameter.empty
+        given = parameter.name in options
+        require(given or not needed, parameter.name, None, f"a value, as {name} needs one")

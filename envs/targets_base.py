@@ -1,0 +1,166 @@
+"""The interface of a target density, and the wrapper that counts and checks its evaluations."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from driftstream.envs.errors import TargetError
+
+R = TypeVar("R")
+
+
+class Target(ABC):
+    """An unnormalised density R(x) on R^dim, known through log R and its gradient.
+
+    A subclass sets `dim` and writes `log_reward`; everything else has a default.
+    `diffusion_variance` (σ², per unit of time) and `sampling_steps` (T) are suggestions to the sampler, used
+    where the configuration leaves them open.
+    """
+
+    name: str = ""
+    dim: int
+    log_z: float | None = None
+    diffusion_variance: float = 1.0
+    sampling_steps: int = 100
+    projections: tuple[tuple[int, int], ...] = ((0, 1),)
+    plot_range: tuple[float, float] = (-5.0, 5.0)
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def log_reward(self, x: Tensor) -> Tensor:
+        """log R(x), the unnormalised log density or minus the energy: x [..., D] -> [...]; differentiable."""
+
+    def score(self, x: Tensor) -> Tensor:
+        """∇ log R(x): x [..., D] -> [..., D]; works under no_grad, differentiable where x requires grad."""
+        return self.log_reward_and_score(x)[1]
+
+    def log_reward_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(log R(x) [...], ∇ log R(x) [..., D]) in one pass, for less than the two apart."""
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        with torch.enable_grad():
+            leaf = x if differentiable else x.detach().requires_grad_()
+            log_reward = self.log_reward(leaf)
+            (score,) = torch.autograd.grad(log_reward.sum(), leaf, create_graph=differentiable)
+        return (log_reward if differentiable else log_reward.detach()), score
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
+        """n exact, independent samples [n, D] in the default dtype, or None where there is no such way."""
+        return None
+
+    def to(self, device: torch.device | str) -> Self:
+        """Draw samples on that device from now on; evaluations follow the device of their input anyway."""
+        self.device = torch.device(device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(name={self.name!r}, dim={self.dim})"
+
+
+class Constants:
+    """Float64 tensors, handed out in the dtype and on the device of an input and kept there."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def like(self, x: Tensor) -> tuple[Tensor, ...]:
+        key = (x.dtype, x.device)
+        if key not in self._cast:
+            self._cast[key] = tuple(tensor.to(x.device, x.dtype) for tensor in self._tensors)
+        return self._cast[key]
+
+
+class CountedTarget(Target):
+    """A target with its evaluations counted (in points, not calls) and its output checked.
+
+    `energy_evaluations` and `gradient_evaluations` count the points at which log R and its gradient were
+    computed, `nonfinite` those where either was NaN or infinite. A log reward is passed on as it is; a score
+    with a non-finite entry becomes 0 in that row. Whatever the wrapped target raises, and any output of a
+    wrong kind or shape, becomes a TargetError that names it.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.name = target.name
+        self.dim = target.dim
+        self.log_z = target.log_z
+        self.diffusion_variance = target.diffusion_variance
+        self.sampling_steps = target.sampling_steps
+        self.projections = target.projections
+        self.plot_range = target.plot_range
+        self.device = target.device
+        self.energy_evaluations = 0
+        self.gradient_evaluations = 0
+        self.nonfinite = 0
+
+    @property
+    def calls(self) -> int:
+        """Energy and gradient evaluations together."""
+        return self.energy_evaluations + self.gradient_evaluations
+
+    def log_reward(self, x: Tensor) -> Tensor:
+        log_reward = self._check(self._guard(self.target.log_reward, x), x, x.shape[:-1], "log_reward")
+        self.energy_evaluations += log_reward.numel()
+        if not _sums_to_finite(log_reward):
+            self.nonfinite += int((~log_reward.isfinite()).sum())
+        return log_reward
+
+    def score(self, x: Tensor) -> Tensor:
+        score = self._check(self._guard(self.target.score, x), x, x.shape, "score")
+        self.gradient_evaluations += score.numel() // self.dim
+        if not _sums_to_finite(score):
+            finite = score.isfinite().all(-1)
+            self.nonfinite += int((~finite).sum())
+            score = torch.where(finite.unsqueeze(-1), score, 0.0)
+        return score
+
+    def log_reward_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_reward, score = self._guard(self.target.log_reward_and_score, x)
+        log_reward = self._check(log_reward, x, x.shape[:-1], "log_reward")
+        score = self._check(score, x, x.shape, "score")
+        self.energy_evaluations += log_reward.numel()
+        self.gradient_evaluations += log_reward.numel()
+        if not (_sums_to_finite(log_reward) and _sums_to_finite(score)):
+            finite = score.isfinite().all(-1)
+            self.nonfinite += int((~(finite & log_reward.isfinite())).sum())
+            score = torch.where(finite.unsqueeze(-1), score, 0.0)
+        return log_reward, score
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
+        return self._guard(self.target.sample, n, generator)
+
+    def to(self, device: torch.device | str) -> Self:
+        self.target.to(device)
+        return super().to(device)
+
+    def _guard(self, function: Callable[..., R], *args: object) -> R:
+        try:
+            return function(*args)
+        except Exception as error:
+            raise TargetError(f"target {self.name!r} raised {type(error).__name__}: {error}") from error
+
+    def _check(self, value: object, x: Tensor, shape: torch.Size, what: str) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise TargetError(f"target {self.name!r}: {what} gave {type(value).__name__}, expected a Tensor")
+        if value.shape != shape:
+            raise TargetError(
+                f"target {self.name!r}: {what} of x {list(x.shape)} has shape {list(value.shape)}, "
+                f"expected {list(shape)}"
+            )
+        return value if value.dtype == x.dtype else value.to(x.dtype)
+
+    def __getattr__(self, attribute: str) -> Any:
+        # What only some targets have (a mixture's means, a well's mass) is read through the wrapper.
+        if attribute == "target" or attribute.startswith("_"):
+            raise AttributeError(attribute)
+        return getattr(self.target, attribute)
+
+
+def _sums_to_finite(values: Tensor) -> bool:
+    # NaN and infinity survive a sum, so that one cheap pass clears the usual case; a sum of finite values
+    # that overflows only costs the exact count.
+    return math.isfinite(values.detach().sum().item())

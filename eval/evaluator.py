@@ -1,0 +1,150 @@
+"""The evaluator: scores published weights during training, and the last checkpoint at the end."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
+from driftstream.actors.weights import PolicySubscriber
+from driftstream.buffers.control import RoleContext
+from driftstream.envs.grids import GridConfig, make_grid
+from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.targets import CountedTarget
+from driftstream.eval.distances import wasserstein2_floor
+from driftstream.eval.evaluation import EvalConfig, Evaluation, evaluate_sampler
+from driftstream.eval.plots import plot_samples, plot_training_curves
+from driftstream.learner.checkpoint import load_checkpoint, load_latest
+
+POLL_S = 0.2
+DUTY = 0.1
+"""Largest share of the time that the evaluator works during training, so that it leaves the cores to the others."""
+
+
+class Evaluator:
+    """A policy of its own with what its evaluation needs: target, process and grid."""
+
+    def __init__(
+        self,
+        target: CountedTarget,
+        process: BrownianProcess,
+        grid: GridConfig,
+        policy: PolicyConfig,
+        config: EvalConfig,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.target = target
+        self.process = process
+        self.config = config
+        self.policy = DiffusionPolicy(target.dim, policy).to(device)
+        self.device = torch.device(device)
+        self._seed = seed
+        steps = config.sampling_steps or grid.sampling_steps
+        # Random grids are for training; one sampler is evaluated on one grid.
+        self.times: Tensor = make_grid(GridConfig("uniform", steps), device=device)
+        self._floor: float | None = None
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the tensors of a policy."""
+        self.policy.load_state_dict(tensors)
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the policy as it is; every call draws the same random numbers."""
+        generator = torch.Generator(self.device).manual_seed(self._seed)
+        if self._floor is None and self.config.w2_samples:
+            self._floor = wasserstein2_floor(self.target, self.config.w2_samples, generator)
+        generator.manual_seed(self._seed + 1)
+        return evaluate_sampler(
+            self.policy, self.process, self.target, self.times, self.config, generator, self._floor
+        )
+
+    def evaluate_checkpoint(self, run_dir: Path, checkpoint: Path | None = None) -> tuple[Evaluation, dict]:
+        """Evaluate the averaged weights of a checkpoint (default: the newest whole one).
+
+        Returns the evaluation and the position in training: step, wall_s, energy_evaluations.
+        """
+        position = self.load_checkpoint(run_dir, checkpoint)
+        return self.evaluate(), position
+
+    def load_checkpoint(self, run_dir: Path, checkpoint: Path | None = None) -> dict[str, float]:
+        """Load the averaged weights of a checkpoint; returns the position in training."""
+        if checkpoint is None:
+            state, _ = load_latest(run_dir / "checkpoints", groups=("ema",))
+        else:
+            state = load_checkpoint(checkpoint, groups=("ema",))
+        self.load(state.groups["ema"])
+        numbers = state.numbers
+        return {
+            "step": state.step,
+            "wall_s": numbers.get("elapsed_s", 0.0),
+            "energy_evaluations": numbers["energy_evaluations"],
+        }
+
+
+def final_evaluation(evaluator: Evaluator, run_dir: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Evaluate the last checkpoint, write results.json and the plots; returns metrics and images by name."""
+    evaluation, position = evaluator.evaluate_checkpoint(run_dir)
+    metrics = {**evaluation.metrics, "eval/energy_evaluations": position["energy_evaluations"]}
+    results = {**position, **metrics}
+    partial = run_dir / "results.json.partial"
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.rename(run_dir / "results.json")
+    images = {"plots/samples": str(draw_samples(evaluator, evaluation.samples, run_dir))}
+    if (run_dir / "metrics.jsonl").exists():
+        curves = plot_training_curves(run_dir / "metrics.jsonl", run_dir / "plots" / "training.png")
+        images["plots/training"] = str(curves)
+    return results, images
+
+
+def draw_samples(evaluator: Evaluator, samples: Tensor, run_dir: Path) -> Path:
+    """Plot samples over the target's contours into the run directory."""
+    return plot_samples(evaluator.target, samples, run_dir / "plots" / "samples.png")
+
+
+def run_evaluator(context: RoleContext, evaluator: Evaluator) -> None:
+    """Evaluate the newest averaged weights now and then; at the end of training the last checkpoint.
+
+    Between two evaluations lie at least `every_s` seconds, and enough that evaluating takes at most a tenth of
+    the time.
+    """
+    weights = PolicySubscriber(context.endpoints.ema_weights, evaluator.policy)
+    every_s = evaluator.config.every_s
+    due = time.monotonic() + every_s
+    evaluated = -1
+    try:
+        while not context.should_stop and not context.control.finish.is_set():
+            if time.monotonic() < due:
+                context.control.finish.wait(POLL_S)
+                continue
+            weights.update(POLL_S, min_version=evaluated + 1)
+            if weights.version <= evaluated:
+                continue
+            evaluated = weights.version
+            start = time.monotonic()
+            evaluation = evaluator.evaluate()
+            calls = weights.energy_evaluations
+            context.report_metrics(
+                {**evaluation.metrics, "eval/energy_evaluations": calls},
+                step=weights.version,
+                wall_s=weights.wall_s,
+                energy_evaluations=calls,
+            )
+            image = draw_samples(evaluator, evaluation.samples, context.run_dir)
+            context.control.report("images", {"plots/samples": str(image)})
+            end = time.monotonic()
+            due = max(start + every_s, end + (end - start) * (1.0 / DUTY - 1.0))
+    finally:
+        weights.close()
+    if context.control.finish.is_set() and not context.should_stop:
+        results, images = final_evaluation(evaluator, context.run_dir)
+        context.control.report("images", images)
+        context.control.report("final", {"metrics": results})
+
+
+def with_samples(config: EvalConfig, samples: int) -> EvalConfig:
+    """The same evaluation with another number of samples."""
+    return replace(config, samples=samples, w2_samples=min(config.w2_samples, samples))

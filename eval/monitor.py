@@ -1,0 +1,225 @@
+"""Where metrics go: `metrics.jsonl`, always and at once, and Weights & Biases, when it can be had.
+
+W&B is a guest. It runs in a thread of its own behind a bounded queue, so that neither its failure nor its
+slowness reaches the run: a row that finds the queue full is dropped from W&B and counted, and stays in the
+JSONL.
+"""
+
+import json
+import logging
+import math
+import netrc
+import os
+import queue
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+from urllib.parse import urlsplit
+
+from driftstream.envs.errors import require
+
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+ResolvedMode = Literal["online", "offline", "disabled"]
+
+METRICS_FILE = "metrics.jsonl"
+
+_QUEUE_ROWS = 1000
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Where W&B sends the run; raises ConfigError for an unknown mode.
+
+    `auto` obeys WANDB_MODE where it is set; else it is `online` where an API key is configured (WANDB_API_KEY
+    or netrc) and `offline` otherwise. `name` defaults to the run directory's.
+    """
+
+    wandb: WandbMode = "auto"
+    project: str = "driftstream"
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        modes = get_args(WandbMode)
+        require(self.wandb in modes, "wandb", self.wandb, f"one of {', '.join(modes)}")
+
+
+def resolve_mode(mode: WandbMode) -> ResolvedMode:
+    """What `auto` means here and now; the other modes mean themselves. Reads no key, only looks for one."""
+    if mode != "auto":
+        return mode
+    wanted = os.environ.get("WANDB_MODE")
+    if wanted in get_args(ResolvedMode):
+        return cast(ResolvedMode, wanted)
+    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
+
+
+def _netrc_has_key() -> bool:
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = os.environ.get("NETRC", str(Path.home() / ".netrc"))
+    try:
+        return host in netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Monitor:
+    """The one sink of a run's metrics; used from one thread.
+
+    Writes RUN/metrics.jsonl, one flat JSON object a line, and mirrors it to W&B, whose files are under
+    RUN/wandb. Only the JSONL can raise (OSError, on a full disk); what goes wrong with W&B is one warning.
+    """
+
+    def __init__(self, run_dir: Path, config: MonitorConfig, resolved_config: Mapping[str, Any]) -> None:
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._position: dict[str, float] = {}
+        mode = resolve_mode(config.wandb)
+        self._wandb = None if mode == "disabled" else _WandbThread(run_dir, config, mode, resolved_config)
+
+    def log(self, metrics: Mapping[str, float], step: int, wall_s: float, energy_evaluations: int) -> None:
+        """One row: on disk when this returns, on its way to W&B. Values that are not finite become null."""
+        self._position = {"step": step, "wall_s": wall_s, "energy_evaluations": energy_evaluations}
+        row = self._position | {name: _number(value) for name, value in metrics.items()}
+        if self._wandb is not None and self._wandb.dropped:
+            row["monitor/dropped"] = self._wandb.dropped
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.put(lambda run: run.log({k: v for k, v in row.items() if v is not None}))
+
+    def log_images(self, images: Mapping[str, Path]) -> None:
+        """Shows image files in W&B at the last logged position."""
+        if self._wandb is not None:
+            position, wandb_image = self._position, self._wandb.image
+            self._wandb.put(
+                lambda run: run.log(position | {name: wandb_image(path) for name, path in images.items()})
+            )
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """The run's final figures, for W&B's table of runs."""
+        if self._wandb is not None:
+            self._wandb.put(lambda run: run.summary.update(dict(values)))
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Ends the W&B run and its service process within `timeout_s`, uploaded or not; can be repeated."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.close(timeout_s)
+
+
+def _number(value: float) -> float | None:
+    value = value if isinstance(value, int) else float(value)
+    return value if math.isfinite(value) else None
+
+
+class _WandbThread:
+    """Owns the W&B run: every call into wandb happens in this thread, in the order of the queue."""
+
+    def __init__(
+        self, run_dir: Path, config: MonitorConfig, mode: ResolvedMode, resolved_config: Mapping[str, Any]
+    ) -> None:
+        self.dropped = 0
+        self._run_dir, self._config, self._mode, self._resolved = run_dir, config, mode, dict(resolved_config)
+        self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue()
+        self._service: subprocess.Popen[bytes] | None = None
+        self._failed = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._main, name="wandb", daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[[Any], None]) -> None:
+        if self._failed or self._closed:
+            return
+        if self._queue.qsize() >= _QUEUE_ROWS:
+            self.dropped += 1
+        else:
+            self._queue.put(call)
+
+    def image(self, path: Path) -> Any:
+        import wandb
+
+        return wandb.Image(str(path))
+
+    def close(self, timeout_s: float) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        deadline = time.monotonic() + timeout_s
+        self._queue.put(None)
+        # The last tenth is for the service to be killed and the thread to notice.
+        self._thread.join(0.9 * timeout_s)
+        if self._thread.is_alive():
+            _LOG.warning(
+                "W&B did not finish within %.3g s; `wandb sync %s` uploads the rest",
+                timeout_s,
+                self._run_dir / "wandb",
+            )
+            self._failed = True
+            if self._service is not None:
+                self._service.kill()
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _main(self) -> None:
+        try:
+            run = self._start()
+            while (call := self._queue.get()) is not None:
+                call(run)
+            run.finish()
+        except Exception as error:
+            if not self._failed:
+                _LOG.warning(
+                    "W&B is off from here on (%s: %s); metrics.jsonl goes on", type(error).__name__, error
+                )
+            self._failed = True
+        finally:
+            # SystemExit is how teardown passes on a failed service's exit code.
+            with suppress(Exception, SystemExit):
+                import wandb
+
+                wandb.teardown()
+
+    def _start(self) -> Any:
+        import wandb
+
+        self._service = _service_process(wandb.setup())
+        config = self._config
+        run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=config.name or self._run_dir.resolve().name,
+            tags=list(config.tags),
+            config=self._resolved,
+            dir=self._run_dir,
+            id=self._run_id(),
+            resume="allow" if self._mode == "online" else None,
+            mode=self._mode,
+            settings=wandb.Settings(silent=True, console="off", save_code=False),
+        )
+        # Roles report at their own paces: rows need not come in the order of their steps.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _run_id(self) -> str:
+        """The same W&B run for a run directory that is resumed."""
+        path = self._run_dir / "wandb" / "run-id"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(secrets.token_hex(4))
+        return path.read_text()
+
+
+def _service_process(setup: Any) -> subprocess.Popen[bytes] | None:
+    """The service that wandb started, if it did: nothing public ends it without waiting for uploads."""
+    try:
+        return setup._connection._proc._process
+    except AttributeError:
+        return None

@@ -1,0 +1,230 @@
+"""Figures: samples over the target's density, and the course of a training run.
+
+Built on `Figure` objects without pyplot: nothing global is touched, and any process or thread may draw.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from torch import Tensor
+
+from driftstream.envs.targets import Target
+from driftstream.envs.targets_funnel import Funnel
+
+_BLUE, _RED, _GREEN = "#3b6ea5", "#d1495b", "#2e8b57"
+_ORANGE, _PURPLE, _GREY = "#e8871e", "#7d5ba6", "#555555"
+"#555555"
+
+_GRID = 200  # points a side
+_DEPTH = 8.0  # nats below the highest point that the contours reach
+_MAX_SAMPLES = 2000  # more make a blot
+
+
+def plot_samples(target: Target, samples: Tensor, path: Path) -> Path:
+    """Draws samples [N,D] over contours of the log density, one panel for each of the target's projections.
+
+    In more than two dimensions the contours are those of the exact marginal where it is known (funnel,
+    manywell), else of the slice at 0 of the other coordinates, and the panel says so. Writes a PNG at `path`
+    and returns it.
+    Raises ValueError unless `samples` is [N,D] with D of at least 2.
+    """
+    if samples.ndim != 2 or samples.shape[1] != target.dim or target.dim < 2:
+        raise ValueError(f"samples has shape {list(samples.shape)}, expected [N,{max(target.dim, 2)}]")
+    samples = samples.detach().to("cpu", torch.float64)
+    pairs = target.projections
+    figure = Figure(figsize=(4.2 * len(pairs), 4.3), layout="constrained")
+    for axes, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        _draw_projection(axes, target, samples[:, list(pair)], pair)
+    figure.suptitle(target.name, fontsize=11)
+    return _save(figure, path)
+
+
+@torch.no_grad()
+def _draw_projection(axes: Axes, target: Target, points: Tensor, pair: tuple[int, int]) -> None:
+    low, high = target.plot_range
+    side = torch.linspace(low, high, _GRID, dtype=torch.float64)
+    rows, columns = torch.meshgrid(side, side, indexing="ij")
+    log_density, note = _log_density(target, torch.stack([columns, rows], -1).reshape(-1, 2), pair)
+    height = log_density.reshape(_GRID, _GRID).nan_to_num(-math.inf, neginf=-math.inf)
+    height = (height - height.max()).clamp_min(-_DEPTH)
+    levels = np.linspace(-_DEPTH, 0.0, 9)
+    axes.contourf(side, side, height, levels=levels, cmap="Blues", alpha=0.6)
+    axes.contour(side, side, height, levels=levels[1:-1], colors=_BLUE, linewidths=0.4, linestyles="solid")
+
+    shown = ((points >= low) & (points <= high)).all(1)
+    x, y = points[shown][:_MAX_SAMPLES].unbind(1)
+    axes.scatter(x, y, s=6, color=_RED, alpha=0.5, linewidths=0)
+    notes = [note] if note else []
+    if not shown.all():
+        notes.append(f"{(~shown).double().mean():.1%} of samples outside")
+    axes.set_title("; ".join(notes), fontsize=8, color=_GREY)
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.set(xlabel=f"$x_{{{pair[0] + 1}}}$", ylabel=f"$x_{{{pair[1] + 1}}}$")
+
+
+def _log_density(target: Target, points: Tensor, pair: tuple[int, int]) -> tuple[Tensor, str]:
+    """Log density [N] of a projection at `points` [N,2], up to a constant, and the panel's note on it."""
+    inner = getattr(target, "target", target)
+    if isinstance(inner, Funnel) and pair[0] == 0:
+        return Funnel(inner.name, 2, inner.variance).log_reward(points), ""
+    x = points.new_zeros(len(points), target.dim)
+    x[:, list(pair)] = points
+    # Manywell's coordinates are independent: its slices are its marginals.
+    exact = target.dim == 2 or hasattr(target, "left_well_mass")
+    return inner.log_reward(x), "" if exact else "contours: slice at 0"
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A metric (or a pattern of names) in a panel; a reference is dashed."""
+
+    metric: str
+    label: str
+    color: str
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    lines: Sequence[_Line]
+    log_scale: bool = False
+    lower: float | None = None
+    upper: float | None = None
+    zoom_late: bool = False  # to where the curves are after a fifth of the run: they may start thousands off
+
+
+_LOG_Z_TRUE = "log_z_true"  # not a metric: derived from delta_log_z
+
+_PANELS = (
+    _Panel(
+        "log Z (nats)",
+        (
+            _Line("eval/log_z_upper_bound", "upper bound (EUBO)", _ORANGE),
+            _Line("eval/log_z_importance", "importance", _GREEN),
+            _Line("eval/log_z_lower_bound", "lower bound (ELBO)", _BLUE),
+            _Line("train/log_z", "learned", _PURPLE),
+            _Line(_LOG_Z_TRUE, "true", _GREY, reference=True),
+        ),
+        zoom_late=True,
+    ),
+    _Panel("training loss", (_Line("train/loss", "", _BLUE),), log_scale=True),
+    _Panel("effective sample size / n", (_Line("eval/ess", "", _BLUE),), lower=0.0, upper=1.0),
+    _Panel(
+        "W2 to exact samples",
+        (
+            _Line("eval/w2", "sampler", _BLUE),
+            _Line("eval/w2_floor", "exact against exact", _GREY, reference=True),
+        ),
+        lower=0.0,
+    ),
+    _Panel(
+        "mode coverage",
+        (
+            _Line("eval/mode_coverage", "sampler", _BLUE),
+            _Line("eval/mode_coverage_worst", "worst pair", _RED),
+            _Line("eval/modes", "all modes", _GREY, reference=True),
+            _Line("eval/mode_coverage_true", "true left-well mass", _GREY, reference=True),
+        ),
+        lower=0.0,
+    ),
+    _Panel(
+        "throughput (1/s)",
+        (
+            _Line("learner/updates_per_s", "learner: updates", _BLUE),
+            _Line("actor/*/trajectories_per_s", "actor: trajectories", _RED),
+        ),
+        log_scale=True,
+    ),
+)
+
+
+def plot_training_curves(metrics_path: Path, path: Path) -> Path | None:
+    """Draws a run's `metrics.jsonl` over learner steps, in panels; those without data are left out.
+
+    Panels: log Z and its bounds, loss, effective sample size, W2 and its floor, mode coverage, throughput.
+    Writes a PNG at `path` and returns it, or None when there is nothing to draw yet.
+    """
+    rows = _read_rows(metrics_path)
+    names = sorted({name for row in rows for name in row})
+    panels = [p for p in _PANELS if any(fnmatchcase(n, line.metric) for line in p.lines for n in names)]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.4 * columns, 3.1 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw_panel(axes, panel, rows, names)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    return _save(figure, path)
+
+
+def _read_rows(metrics_path: Path) -> list[dict[str, Any]]:
+    # While the run goes on, the last line may be half written.
+    lines = [line for line in metrics_path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    rows = [{name: value for name, value in json.loads(line).items() if value is not None} for line in lines]
+    for row in rows:
+        if "eval/delta_log_z" in row and "eval/log_z_lower_bound" in row:
+            row[_LOG_Z_TRUE] = row["eval/log_z_lower_bound"] + row["eval/delta_log_z"]
+    return rows
+
+
+def _draw_panel(axes: Axes, panel: _Panel, rows: list[dict[str, Any]], names: list[str]) -> None:
+    drawn = []
+    for line in panel.lines:
+        label = line.label
+        for name in (n for n in names if fnmatchcase(n, line.metric)):
+            points = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=float)
+            drawn.append(points)
+            _draw_line(axes, line, points, label)
+            label = ""  # one entry in the legend for all that match a pattern
+    steps, values = np.concatenate(drawn).T
+    if panel.log_scale and (values > 0).all():
+        axes.set_yscale("log")
+    lower, upper = panel.lower, panel.upper
+    if panel.zoom_late:
+        late = values[steps >= 0.2 * steps.max()]
+        margin = 0.05 * np.ptp(late) + 1e-3
+        lower, upper = late.min() - margin, late.max() + margin
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel("learner step")
+    axes.set_xlim(left=0)
+    axes.set_ylim(lower, upper)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7.5, frameon=False)
+
+
+def _draw_line(axes: Axes, line: _Line, points: np.ndarray, label: str) -> None:
+    step, value = points.T
+    if line.reference:
+        axes.plot(step, value, color=line.color, linestyle="--", linewidth=1.2, label=label)
+        return
+    window = len(value) // 50
+    if window < 5:
+        axes.plot(step, value, color=line.color, linewidth=1.4, label=label)
+        return
+    # A long noisy series: all of it faintly, and its running mean.
+    axes.plot(step, value, color=line.color, linewidth=0.5, alpha=0.25)
+    mean = np.convolve(value, np.full(window, 1.0 / window), mode="valid")
+    axes.plot(step[window - 1 :], mean, color=line.color, linewidth=1.4, label=label)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,203 @@
+"""The configuration of a run: one frozen dataclass per component, TOML in and out, and what "auto" means."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from driftstream.actors.actor import ActorConfig
+from driftstream.actors.exploration import ExplorationConfig
+from driftstream.actors.policy import PolicyConfig
+from driftstream.actors.refiner import RefinerConfig
+from driftstream.buffers.channels import StreamConfig
+from driftstream.buffers.replay import ReplayConfig
+from driftstream.envs.errors import ConfigError, require
+from driftstream.envs.grids import GridConfig
+from driftstream.envs.processes import ProcessConfig
+from driftstream.envs.targets import make_target
+from driftstream.eval.evaluation import EvalConfig
+from driftstream.eval.monitor import MonitorConfig
+from driftstream.learner.checkpoint import CheckpointConfig
+from driftstream.learner.learner import LearnerConfig
+from driftstream.learner.limits import LimitsConfig
+from driftstream.learner.objectives import ObjectiveConfig
+from driftstream.learner.optim import OptimConfig
+
+Option = int | float | bool | str
+
+
+@dataclass(frozen=True)
+class SupervisorConfig:
+    """How roles are watched: a silent one is killed, a dead one restarted, each within a budget."""
+
+    heartbeat_s: float = 0.5
+    heartbeat_timeout_s: float = 4.0
+    max_restarts: int = 5
+    restart_delay_s: float = 0.2
+    drain_s: float = 8.0
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_s", "restart_delay_s", "drain_s"):
+            value = getattr(self, name)
+            require(value > 0, f"supervisor.{name}", value, "a positive number of seconds")
+        allowed = f"more than twice heartbeat_s = {self.heartbeat_s}"
+        timeout = self.heartbeat_timeout_s
+        require(timeout > 2 * self.heartbeat_s, "supervisor.heartbeat_timeout_s", timeout, allowed)
+        require(self.max_restarts >= 0, "supervisor.max_restarts", self.max_restarts, "0 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on. Fields that are None are filled in by `resolve`."""
+
+    target: str = "gmm25"
+    target_options: dict[str, Option] = field(default_factory=dict)
+    method: str = "default"
+    data: Literal["stream", "on_policy"] = "stream"
+    seed: int = 0
+    device: str = "auto"
+    sync: bool = False
+    limits: LimitsConfig = LimitsConfig()
+    process: ProcessConfig = ProcessConfig()
+    grid: GridConfig = GridConfig()
+    policy: PolicyConfig = PolicyConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    exploration: ExplorationConfig = ExplorationConfig()
+    actor: ActorConfig = ActorConfig()
+    refiner: RefinerConfig = RefinerConfig()
+    replay: ReplayConfig = ReplayConfig()
+    stream: StreamConfig = StreamConfig()
+    learner: LearnerConfig = LearnerConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
+
+    def __post_init__(self) -> None:
+        require(self.data in ("stream", "on_policy"), "data", self.data, "'stream' or 'on_policy'")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
+
+
+LOW_DIMENSION = 10
+"""Up to this dimension the rules of `resolve` take the coarse grid and the learned variance."""
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in what derives from the target and check the components against each other.
+
+    Rules: the diffusion variance is the target's own suggestion; exploration has the diffusion's rate; targets
+    of at most ten dimensions take 20 steps with learned variance, others 40 with fixed variance (a learned one
+    spreads mass between the modes before the drift has found them).
+
+    Raises:
+        ConfigError: an unknown target, or components that contradict each other.
+    """
+    target = make_target(config.target, **config.target_options)
+    low = target.dim <= LOW_DIMENSION
+    process, grid, policy, exploration = config.process, config.grid, config.policy, config.exploration
+    if process.diffusion_variance is None:
+        process = replace(process, diffusion_variance=target.diffusion_variance)
+    if grid.sampling_steps is None:
+        grid = replace(grid, sampling_steps=20 if low else 40)
+    if policy.learned_variance is None:
+        policy = replace(policy, learned_variance=low)
+    if exploration.std is None:
+        exploration = replace(exploration, std=process.diffusion_variance**0.5)
+    replay = config.replay
+    if replay.source == "auto":
+        replay = replace(replay, source="refined" if config.refiner.count else "terminals")
+    needs_refiner = replay.source == "refined" and replay.ratio > 0 and config.data == "stream"
+    if needs_refiner:
+        require(config.refiner.count > 0, "refiner.count", 0, "at least 1, as replay.source = 'refined'")
+    if config.data == "stream":
+        require(config.actor.count > 0, "actor.count", 0, "at least 1, as data = 'stream'")
+    return replace(
+        config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay
+    )
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionary of a configuration; fields that are None are left out."""
+    plain = dataclasses.asdict(config)
+
+    def prune(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: prune(entry) for key, entry in value.items() if entry is not None}
+        return list(value) if isinstance(value, tuple) else value
+
+    return prune(plain)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML; `from_toml` reads it back equal."""
+    return tomli_w.dumps(as_dict(config))
+
+
+def from_toml(path: Path) -> RunConfig:
+    """Read a configuration written by `to_toml`.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown field, or a value that is not allowed.
+    """
+    return from_dict(RunConfig(), read_toml(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; ConfigError with the place of the mistake if it is none."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(str(path), "unreadable", f"a TOML file ({error})") from error
+
+
+def from_dict(base: Any, data: dict[str, Any], prefix: str = "") -> Any:
+    """`base` with the fields named in `data` replaced, recursively; types and names are checked."""
+    hints = typing.get_type_hints(type(base))
+    changes: dict[str, Any] = {}
+    for key, value in data.items():
+        name = prefix + key
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            known = f"did you mean {prefix}{close[0]}?" if close else "one of " + ", ".join(hints)
+            raise ConfigError(name, value, f"a known field ({known})")
+        current = getattr(base, key)
+        if dataclasses.is_dataclass(current):
+            require(isinstance(value, dict), name, value, "a table")
+            changes[key] = from_dict(current, value, f"{name}.")
+        else:
+            changes[key] = _convert(hints[key], value, name)
+    return replace(base, **changes)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the annotated type, or ConfigError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        require(value in arguments, name, value, "one of " + ", ".join(map(repr, arguments)))
+        return value
+    if origin is types.UnionType or origin is typing.Union:
+        for option in arguments:
+            try:
+                return _convert(option, value, name)
+            except ConfigError:
+                continue
+        names = [getattr(option, "__name__", str(option)) for option in arguments if option is not type(None)]
+        raise ConfigError(name, value, " or ".join(names))
+    if origin is tuple:
+        require(isinstance(value, list | tuple), name, value, "a list")
+        return tuple(_convert(arguments[0], entry, name) for entry in value)
+    if origin is dict:
+        require(isinstance(value, dict), name, value, "a table")
+        return {key: _convert(arguments[1], entry, f"{name}.{key}") for key, entry in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    exact = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    require(exact, name, value, f"a value of type {hint.__name__}")
+    return value

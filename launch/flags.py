@@ -1,0 +1,180 @@
+"""The flags of every command, and how a command line becomes them: every mistake is one line.
+
+Nothing here imports torch, so that a mistyped flag is answered at once.
+"""
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+Flags = TypeVar("Flags")
+Optional = arg(help_behavior_hint="")
+N = arg(metavar="N", help_behavior_hint="")
+
+
+class UsageError(ValueError):
+    """A command line that makes no sense: one line for the user, exit code 2."""
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Train a sampler of TARGET: a learner, actors and refiners that feed it, and an evaluator.
+
+    Every field of the configuration is a flag too, as --component.field VALUE (--help-all lists them with their
+    values); --dry-run shows what a command resolves to. Limits given here replace those of the method.
+    """
+
+    target: Annotated[str | None, Positional, arg(metavar="TARGET", help_behavior_hint="")] = None
+    """Name of a target, or path/file.py:Class; not needed with --resume."""
+    method: Annotated[str, arg(metavar="NAME|FILE.toml")] = "default"
+    """What to start from."""
+    target_options: Annotated[
+        dict[str, int | float | bool | str], arg(metavar="KEY VALUE …", help_behavior_hint="")
+    ] = field(default_factory=dict)
+    """Options of the target, such as: dim 16."""
+    actors: Annotated[int | None, N] = None
+    """Processes that explore."""
+    refiners: Annotated[int | None, N] = None
+    """Processes that refine states by MALA."""
+    steps: Annotated[int | None, N] = None
+    """Limit: learner updates."""
+    minutes: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """Limit: minutes of training."""
+    energy_budget: Annotated[int | None, N] = None
+    """Limit: energy and gradient calls of all roles together."""
+    sampling_steps: Annotated[int | None, N] = None
+    """Steps of the diffusion."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Run directory; by default runs/TARGET-METHOD-TIME."""
+    resume: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Go on with the run in this directory."""
+    seed: Annotated[int | None, N] = None
+    """Decides every random number of a --sync run."""
+    device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """The learner's device: auto, cpu, cuda:0 …"""
+    wandb: Annotated[Literal["auto", "online", "offline", "disabled"] | None, Optional] = None
+    """Weights & Biases; auto is online where an API key is configured, else offline."""
+    sync: bool = False
+    """Run all roles in this process, bitwise reproducible."""
+    dry_run: bool = False
+    """Show the configuration and placement, check the target's gradient, and end."""
+
+
+@dataclass(frozen=True)
+class SampleFlags:
+    """Draw samples of a trained sampler, with log reward and log importance weight, into an .npz file."""
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Run directory."""
+    n: Annotated[int, arg(aliases=("-n",), metavar="N")]
+    """Samples to draw."""
+    output: Annotated[Path, arg(aliases=("-o",), metavar="FILE.npz")]
+    """File to write; one that exists is replaced."""
+    seed: int = 0
+    """Seed of the draws."""
+    batch_size: int = 1000
+    """Samples drawn at a time."""
+    checkpoint: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: the newest)")] = None
+    """A checkpoint of the run, such as RUN/checkpoints/step-1000."""
+
+
+@dataclass(frozen=True)
+class EvalFlags:
+    """Evaluate a trained sampler: bounds on log Z, distances to exact samples, coverage of modes."""
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Run directory."""
+    samples: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as in training)")] = None
+    """Trajectories to draw."""
+    seed: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: as in training)")] = None
+    """Seed of the draws."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class ListFlags:
+    """List what there is."""
+
+    what: Annotated[Literal["targets", "methods"], Positional]
+    """targets or methods."""
+
+
+def split_config_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate --component.field flags, with the values after them, from a command's own."""
+    own: list[str] = []
+    config: list[str] = []
+    current = own
+    for token in arguments:
+        if token.startswith("-") and not re.match(r"-\.?\d", token):
+            current = config if "." in token.split("=")[0] else own
+        current.append(token)
+    return own, config
+
+
+def parse(kind: type[Flags], arguments: Sequence[str], prog: str, default: Flags | None = None) -> Flags:
+    """Fill a dataclass from flags; --help prints and exits.
+
+    Raises:
+        UsageError: anything that does not fit, in one line.
+    """
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            result, unknown = tyro.cli(
+                kind,
+                args=arguments,
+                prog=prog,
+                return_unknown_args=True,
+                config=(FlagCreatePairsOff,) if default is None else (),
+                **options,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(first_sentence(complaint.getvalue())) from None
+    if unknown:
+        token = next((token for token in unknown if token.startswith("-")), None)
+        if token is None:
+            raise UsageError(f"unexpected argument {unknown[0]!r}")
+        flag = token.split("=")[0]
+        raise UsageError(f"unknown flag {flag}{suggestion(flag, flag_names(kind))}")
+    return result
+
+
+def first_sentence(box: str) -> str:
+    """What a box that tyro draws around an error says first, in our words."""
+    lines = [line.strip(" │|") for line in box.splitlines()[1:]]
+    end = next((n for n, line in enumerate(lines) if not line or set(line) <= set("─-╰╯+")), len(lines))
+    text = " ".join(lines[:end]).removeprefix("Error parsing ")
+    text = re.sub(r"^[\w.]+: ", "", text)
+    text = text.replace("'None', ", "").replace("{None}|", "")
+    text = re.sub(r"no type matching (\S+) could be instantiated from \[(.*)\]\.?", r"expected \1, not \2", text)
+    return text or "this command line makes no sense"
+
+
+def flag_names(kind: type, prefix: str = "--") -> list[str]:
+    """Every flag that a dataclass gives rise to."""
+    names = []
+    for item in fields(kind):
+        flag = prefix + item.name.replace("_", "-")
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            names += flag_names(item.type, f"{flag}.")
+        else:
+            names.append(flag)
+    return names
+
+
+def suggestion(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """`; did you mean …?`, where something known is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,158 @@
+"""Role processes as the supervisor holds them: started by a fork server, watched, killed."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from driftstream.launch.run_directory import RunDirectory
+from driftstream.launch.seeding import derive_seed
+from driftstream.launch.worker import ROLE_FUNCTION, role_name, worker_main
+
+STARTS_A_LAUNCH = 1000
+"""Epochs are counted on from here in each later launch of a run, so that a resumed run repeats none."""
+FIRST_REPORT_S = 60.0
+"""A new process may import and compile for this long before it counts as silent."""
+
+
+@contextlib.contextmanager
+def fork_server(preload: Sequence[str]) -> Iterator[ForkServerContext]:
+    """A fork server that imports the modules `preload` in the background; killed and reaped at the end.
+
+    Children fork from it in milliseconds, as what they need is imported already. The context is asked for by
+    name, because torchrl changes the global start method.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    # Inherited by every child: a Ctrl-C reaches the whole process group, and the supervisor alone acts on it.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    try:
+        yield context
+    finally:
+        # The standard library ends it some time after this process, and waits for its imports first.
+        server: Any = forkserver._forkserver
+        if server._forkserver_pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(server._forkserver_pid, signal.SIGKILL)
+            server._stop()
+
+
+class RoleProcess:
+    """One role of a run: its present process, and what the supervisor knows of it."""
+
+    def __init__(
+        self,
+        role: str,
+        index: int,
+        *,
+        run: RunDirectory,
+        context: ForkServerContext,
+        seed: int,
+        restarts: int,
+        launch: int = 0,
+        role_function: str = ROLE_FUNCTION,
+    ) -> None:
+        self.role, self.index, self.name = role, index, role_name(role, index)
+        self.log = run.log(self.name)
+        self.starts, self.restarts_left = 0, restarts
+        self.restart_at: float | None = None
+        self.command: str | None = None
+        self.deadline: float | None = None
+        self.error: dict[str, Any] = {}
+        self._run, self._context, self._seed = run, context, seed
+        self._launch, self._role_function = launch, role_function
+        self._process: ForkServerProcess | None = None
+        self._killed_as = ""
+        self._silent_from = 0.0
+
+    def start(self) -> None:
+        """Start a process for the role; it has a new epoch and a random stream of its own."""
+        epoch = self._launch * STARTS_A_LAUNCH + self.starts
+        seed = derive_seed(self._seed, self.role, self.index, epoch)
+        arguments = (str(self._run.root), self.role, self.index, epoch, seed, self._role_function)
+        process = self._context.Process(target=worker_main, args=arguments, name=self.name)
+        process.start()
+        self._process = process
+        self.starts += 1
+        self.restart_at, self.error, self._killed_as = None, {}, ""
+        self._silent_from = time.monotonic() + FIRST_REPORT_S
+
+    @property
+    def alive(self) -> bool:
+        """Whether the role has a process that runs."""
+        return self._process is not None and self._process.exitcode is None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the role runs or is about to."""
+        return self.alive or self.restart_at is not None
+
+    @property
+    def sentinel(self) -> int | None:
+        """File descriptor that becomes readable when the process ends; None where there is no process."""
+        return None if self._process is None else self._process.sentinel
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, where a process runs."""
+        return self._process.pid if self._process is not None and self.alive else None
+
+    def heard(self, now: float) -> None:
+        """Note a sign of life."""
+        self._silent_from = now
+
+    def silence_s(self, now: float) -> float:
+        """Seconds since the last sign of life; negative while the process may still be starting."""
+        return now - self._silent_from
+
+    def kill(self, reason: str) -> None:
+        """SIGKILL the process, and remember why."""
+        if self._process is not None and self.alive:
+            self._killed_as = reason
+            self._process.kill()
+
+    def join(self, timeout_s: float = 5.0) -> None:
+        """Wait for the end of a process that was killed."""
+        if self._process is not None:
+            self._process.join(timeout_s)
+
+    def collect(self) -> int | None:
+        """Exit code of a process that has ended, once; None otherwise."""
+        if self._process is None or self._process.exitcode is None:
+            return None
+        code = self._process.exitcode
+        self._process.close()
+        self._process = None
+        return code
+
+    def cause(self, code: int) -> str:
+        """Why a process that ended with exit code `code` did so, in a few words."""
+        if self._killed_as:
+            return f"{self._killed_as}; killed"
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        if self.error:
+            return f"{self.error['type']}: {self.error['message']}"
+        last = tail(self.log, 1)
+        return f"exit code {code}" + (f" ({last[0]})" if code and last else "")
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a text file that are not blank; [] where there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 16_384))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line for line in text.splitlines() if line.strip()][-lines:]

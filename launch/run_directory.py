@@ -1,0 +1,135 @@
+"""The directory that one run owns: where everything lies, who holds it, and how its sockets are addressed."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from driftstream.envs.errors import ConfigError
+
+IPC_PATH_BYTES = 107
+"""The longest path of a Unix socket on Linux."""
+SOCKET_NAMES = ("stream", "weights", "ema_weights", "control")
+
+
+class RunDirectory:
+    """Paths of a run, `RUN/…`; make one with `create` or `open`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.config = self.root / "config.toml"
+        self.metrics = self.root / "metrics.jsonl"
+        self.results = self.root / "results.json"
+        self.logs = self.root / "logs"
+        self.checkpoints = self.root / "checkpoints"
+        self.plots = self.root / "plots"
+        self.sockets = self.root / "sockets"
+        self.lock_file = self.root / ".lock"
+
+    @classmethod
+    def create(cls, root: Path) -> "RunDirectory":
+        """Make a new run directory, readable by its owner only.
+
+        Raises:
+            ConfigError: something is there already, or the directory cannot be made.
+        """
+        run = cls(root)
+        try:
+            run.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            taken = any(run.root.iterdir())
+        except OSError as error:
+            raise ConfigError(
+                "out", str(root), f"a directory that can be written ({error.strerror})"
+            ) from error
+        if taken:
+            allowed = "a new or empty directory (continue a run with --resume, or choose another --out)"
+            raise ConfigError("out", str(root), allowed)
+        run.root.chmod(0o700)
+        for folder in (run.logs, run.checkpoints, run.plots):
+            folder.mkdir()
+        return run
+
+    @classmethod
+    def open(cls, root: Path) -> "RunDirectory":
+        """The directory of a run that was started earlier; ConfigError where there is none."""
+        run = cls(root)
+        if not run.config.is_file():
+            raise ConfigError("run", str(root), "a run directory (one that holds a config.toml)")
+        return run
+
+    @property
+    def shown(self) -> str:
+        """The path as a user would type it from here."""
+        here = Path.cwd()
+        return str(self.root.relative_to(here) if self.root.is_relative_to(here) else self.root)
+
+    def log(self, role: str) -> Path:
+        """Log file of a role such as "actor-0"."""
+        return self.logs / f"{role}.log"
+
+    def write_config(self, toml: str) -> None:
+        """Replace config.toml in one step: a reader sees the old one or the new one."""
+        draft = self.config.with_suffix(".tmp")
+        draft.write_text(toml)
+        draft.replace(self.config)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[int]:
+        """Hold the run for this process and make its sockets' addresses.
+
+        Yields how many processes held it before: random streams of a resumed run must not repeat. The lock
+        goes with the process, however it ends.
+
+        Raises:
+            ConfigError: another process holds the run.
+        """
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = json.load(lock)["pid"]
+                allowed = f"a run that is not being trained already (process {holder} holds it)"
+                raise ConfigError("run", str(self.root), allowed) from None
+            text = lock.read()
+            held_before = json.loads(text)["held"] if text else 0
+            lock.seek(0)
+            lock.truncate()
+            json.dump({"pid": os.getpid(), "held": held_before + 1}, lock)
+            lock.flush()
+            folder = self._make_sockets()
+            try:
+                yield held_before
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(self.sockets, ignore_errors=True)
+
+    def _make_sockets(self) -> Path:
+        # Left over when a supervisor was killed; nobody listens there, as the lock was free.
+        shutil.rmtree(self.sockets, ignore_errors=True)
+        self.sockets.mkdir(mode=0o700)
+        folder = self.sockets
+        if max(len(os.fsencode(folder / f"{name}.ipc")) for name in SOCKET_NAMES) > IPC_PATH_BYTES:
+            folder = Path(tempfile.mkdtemp(prefix="driftstream-"))
+        addresses = {name: f"ipc://{folder / name}.ipc" for name in SOCKET_NAMES}
+        (self.sockets / "addresses.json").write_text(json.dumps(addresses, indent=2))
+        return folder
+
+    def addresses(self) -> dict[str, str]:
+        """ZeroMQ address of each socket of the run, by name, while a process holds it."""
+        return json.loads((self.sockets / "addresses.json").read_text())
+
+
+def default_root(target: str, method: str, now: datetime | None = None) -> Path:
+    """`runs/<target>-<method>-<date>-<time>`; names that are files or modules are reduced to a word."""
+    words = [re.sub(r"[^\w.+-]+", "-", Path(name.rpartition(":")[2]).stem) for name in (target, method)]
+    stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
+    root = Path("runs") / "-".join([*words, stamp])
+    tries = (root, *(root.with_name(f"{root.name}-{n}") for n in range(2, 1000)))
+    return next(path for path in tries if not path.exists())

@@ -1,0 +1,305 @@
+"""The process that a user starts: it starts every role, watches them, and ends them in bounded time."""
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import setproctitle
+import zmq
+
+from driftstream.buffers.control import ControlServer, Report
+from driftstream.eval.monitor import Monitor
+from driftstream.launch.config import RunConfig, as_dict
+from driftstream.launch.processes import RoleProcess, tail
+from driftstream.launch.progress import Progress
+from driftstream.launch.run_directory import RunDirectory
+from driftstream.launch.worker import FAILED_FOR_GOOD, ROLE_FUNCTION
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+TICK_MS = 100
+FINAL_EVALUATION_S = 600.0
+"""A final evaluation that takes longer is given up."""
+STOPPING_S = 10.0
+"""From a Ctrl-C or a failure to the end of every process."""
+MONITOR_CLOSE_S = 10.0
+
+
+class Phase(Enum):
+    """What the run is doing."""
+
+    TRAINING = "training"
+    FINISHING = "finishing"
+    """The learner has met a limit: it ends, and then the evaluator scores the last checkpoint."""
+    STOPPING = "stopping"
+    """Interrupted or failed: every role has been told to stop."""
+
+
+class Supervisor:
+    """Runs the roles of one run.
+
+    A role that dies or falls silent is started again within a budget, except for the learner: its death ends
+    the run, which can be resumed. `role_function` is what each process runs (see `worker_main`).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        context: ForkServerContext,
+        progress: Progress,
+        role_function: str = ROLE_FUNCTION,
+    ) -> None:
+        self.config, self.run_directory, self.progress = config, run, progress
+        self.final: dict[str, float] = {}
+        """Metrics of the final evaluation."""
+        self.cause = ""
+        """Why the run failed or was interrupted: one line."""
+        self._context, self._role_function = context, role_function
+        self._phase = Phase.TRAINING
+        self._exit_code = DONE
+        self._roles: dict[str, RoleProcess] = {}
+        self._signals = 0
+        self._stopping_since: float | None = None
+        self._position: dict[str, float] = {"step": 0, "wall_s": 0.0, "energy_evaluations": 0}
+
+    def run(self) -> int:
+        """Train to the end; returns the exit code: 0 done, 1 failed, 130 interrupted (`cause` says why).
+
+        No process of the run is left when this returns or raises.
+
+        Raises:
+            ConfigError: another process holds the run directory.
+        """
+        setproctitle.setproctitle(f"driftstream supervisor {self.run_directory.root}")
+        with self.run_directory.hold() as earlier_launches, self._handle_signals():
+            self._control = ControlServer(self.run_directory.addresses()["control"])
+            self._monitor = Monitor(self.run_directory.root, self.config.monitor, as_dict(self.config))
+            self._roles = {role.name: role for role in self._make_roles(earlier_launches)}
+            try:
+                self._supervise()
+            except KeyboardInterrupt:
+                self._exit_code, self.cause = INTERRUPTED, "killed"
+            finally:
+                self._kill_all()
+                self._control.close()
+                self._monitor.close(self._monitor_patience_s())
+        return self._exit_code
+
+    def _make_roles(self, launch: int) -> Iterator[RoleProcess]:
+        stream = self.config.data == "stream"
+        counts = {
+            "learner": 1,
+            "actor": self.config.actor.count if stream else 0,
+            "refiner": self.config.refiner.count if stream else 0,
+            "evaluator": 1,
+        }
+        for role, count in counts.items():
+            for index in range(count):
+                yield RoleProcess(
+                    role,
+                    index,
+                    run=self.run_directory,
+                    context=self._context,
+                    seed=self.config.seed,
+                    restarts=self.config.supervisor.max_restarts,
+                    launch=launch,
+                    role_function=self._role_function,
+                )
+
+    # The loop.
+
+    def _supervise(self) -> None:
+        for role in self._roles.values():
+            role.start()
+        while any(role.in_use for role in self._roles.values()):
+            self._wait()
+            self._read_reports()
+            now = time.monotonic()
+            for role in self._roles.values():
+                self._check(role, now)
+            if self._signals and self._phase is not Phase.STOPPING:
+                step = int(self._position["step"])
+                self.progress.event("interrupted: saving and stopping (again to kill)", "yellow")
+                self._stop(INTERRUPTED, f"interrupted at step {step:,}; resume with: {self.resume_command}")
+            self.progress.tick()
+
+    def _wait(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._control.socket, zmq.POLLIN)
+        for role in self._roles.values():
+            if role.sentinel is not None:
+                poller.register(role.sentinel, zmq.POLLIN)
+        poller.poll(TICK_MS)
+
+    def _check(self, role: RoleProcess, now: float) -> None:
+        """Note a role's end, kill it where it is silent or late, and start it where that is due."""
+        settings = self.config.supervisor
+        if role.alive:
+            if role.deadline is not None and now > role.deadline:
+                role.kill("did not stop in time")
+            elif role.silence_s(now) > settings.heartbeat_timeout_s:
+                role.kill(f"silent for {role.silence_s(now):.1f} s")
+        code = role.collect()
+        if code is not None:
+            self._on_end(role, code, now)
+        if role.restart_at is not None and now >= role.restart_at:
+            role.start()
+
+    # What roles report.
+
+    def _read_reports(self) -> None:
+        now = time.monotonic()
+        for report in self._control.poll(0):
+            role = self._roles.get(report.role)
+            if role is None:
+                continue
+            role.heard(now)
+            self._take(role, report)
+
+    def _take(self, role: RoleProcess, report: Report) -> None:
+        payload = report.payload
+        match report.kind:
+            case "metrics":
+                self._log(role, payload["metrics"], payload)
+            case "status":
+                self.progress.status(payload["phase"], int(payload["step"]), payload["progress"])
+                if payload["phase"] == "finished" and payload["reason"] != "stopped":
+                    self._finish(payload["reason"])
+            case "event":
+                self.progress.event(payload["text"])
+            case "images":
+                self._monitor.log_images({name: Path(path) for name, path in payload.items()})
+            case "final":
+                self.final = payload["metrics"]
+                figures = {name: value for name, value in self.final.items() if "/" in name}
+                self._log(role, figures, self.final)
+                self._monitor.summary(figures)
+            case "error":
+                role.error = payload
+
+    def _log(self, role: RoleProcess, metrics: dict[str, float], position: Mapping[str, Any]) -> None:
+        """Hand metrics on; a role that does not know the learner's position is given the latest one."""
+        known = {key: position[key] for key in self._position if key in position}
+        if role.name == "learner":
+            self._position.update(known)
+        where = self._position | known
+        step = int(where["step"])
+        self._monitor.log(metrics, step, where["wall_s"], int(where["energy_evaluations"]))
+        self.progress.update(metrics, step)
+
+    # How roles end.
+
+    def _on_end(self, role: RoleProcess, code: int, now: float) -> None:
+        self._read_reports()  # an error may have come together with the end
+        cause = f"{role.name} ended: {role.cause(code)}"
+        told_to_stop = self._phase is Phase.STOPPING or role.command == "stop"
+        if code == FAILED_FOR_GOOD and not told_to_stop:
+            self._fail(role, cause)
+        elif told_to_stop:
+            if code:
+                self.progress.event(cause, "yellow")
+        elif role.name == "learner":
+            self._on_learner_end(role, code, cause)
+        elif role.command == "finish" and code == 0:
+            if not self.final:
+                self._fail(role, f"{role.name} ended without a final evaluation")
+        else:
+            self._restart(role, cause, now)
+
+    def _on_learner_end(self, learner: RoleProcess, code: int, cause: str) -> None:
+        if self._phase is Phase.TRAINING:
+            self._fail(learner, f"{cause}; resume with: {self.resume_command}")
+            return
+        if code:
+            self.progress.event(cause, "yellow")
+        evaluator = self._roles["evaluator"]
+        evaluator.restarts_left = 1
+        self._order(evaluator, "finish", FINAL_EVALUATION_S)
+        if not evaluator.alive:
+            evaluator.restart_at = time.monotonic()
+
+    def _restart(self, role: RoleProcess, cause: str, now: float) -> None:
+        settings = self.config.supervisor
+        if role.restarts_left == 0:
+            peers = [peer for peer in self._roles.values() if peer.role == role.role and peer is not role]
+            if role.command == "finish" or (role.role == "actor" and not any(peer.in_use for peer in peers)):
+                self._fail(role, f"{cause}; given up after {role.starts} starts")
+            else:
+                self.progress.event(f"{cause}; given up after {role.starts} starts", "red")
+            return
+        role.restarts_left -= 1
+        delay = settings.restart_delay_s * 2 ** (role.starts - 1)
+        role.restart_at = now + delay
+        count = f"{role.starts} of {role.starts + role.restarts_left}"
+        self.progress.event(f"{cause}; restarted in {delay:.1f} s ({count})", "yellow")
+
+    # How the run ends.
+
+    def _finish(self, limit: str) -> None:
+        """The learner has met its limit: let the makers of its data go."""
+        if self._phase is not Phase.TRAINING:
+            return
+        self._phase = Phase.FINISHING
+        self.progress.event(f"training finished (limit: {limit}); evaluating the last checkpoint")
+        self._roles["learner"].deadline = time.monotonic() + self.config.supervisor.drain_s
+        for role in self._roles.values():
+            if role.role in ("actor", "refiner"):
+                self._order(role, "stop", self.config.supervisor.drain_s)
+
+    def _fail(self, role: RoleProcess, cause: str) -> None:
+        for line in tail(role.log, 8):
+            self.progress.event(f"{role.name} | {line}", "dim")
+        self._stop(FAILED, cause)
+
+    def _stop(self, exit_code: int, cause: str) -> None:
+        """Tell every role to stop; the first cause is the one that counts."""
+        if self._phase is Phase.STOPPING:
+            return
+        self._phase, self._exit_code, self.cause = Phase.STOPPING, exit_code, cause
+        self._stopping_since = time.monotonic()
+        for role in self._roles.values():
+            self._order(role, "stop", min(self.config.supervisor.drain_s, STOPPING_S - 1.0))
+
+    def _order(self, role: RoleProcess, command: str, within_s: float) -> None:
+        role.command, role.deadline, role.restart_at = command, time.monotonic() + within_s, None
+        self._control.send(role.name, command)
+
+    def _kill_all(self) -> None:
+        for role in self._roles.values():
+            role.kill("the run ended")
+        for role in self._roles.values():
+            role.join()
+
+    def _monitor_patience_s(self) -> float:
+        if self._stopping_since is None:
+            return MONITOR_CLOSE_S
+        return max(1.0, self._stopping_since + STOPPING_S - time.monotonic())
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return f"driftstream train --resume {self.run_directory.shown}"
+
+    @contextmanager
+    def _handle_signals(self) -> Iterator[None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._signals += 1
+            if self._signals == 2:
+                raise KeyboardInterrupt
+
+        # One that is ignored (nohup) stays so.
+        handled = [
+            s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN
+        ]
+        previous = {number: signal.signal(number, handle) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

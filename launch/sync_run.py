@@ -1,0 +1,89 @@
+"""`--sync`: the same components in one process, in a fixed order, bitwise reproducible from the seed."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from driftstream.eval.evaluator import final_evaluation
+from driftstream.eval.monitor import Monitor
+from driftstream.launch.config import RunConfig
+from driftstream.launch.roles import build_actor, build_evaluator, build_learner, build_refiner
+from driftstream.launch.seeding import derive_seed
+from driftstream.learner.checkpoint import Checkpointer, checkpoint_paths, load_latest
+from driftstream.learner.limits import Budget
+from driftstream.learner.loop import TrainingLoop
+from driftstream.learner.sources import LocalSource
+
+Report = Callable[[dict[str, float]], None]
+
+
+def train_sync(
+    config: RunConfig,
+    run_dir: Path,
+    monitor: Monitor,
+    progress: Callable[[dict[str, float]], None],
+    event: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Train in this process; returns the final evaluation, or None if the run was stopped before its end.
+
+    Goes on from the run's newest whole checkpoint, if any. Wall-clock time enters the run only through a limit
+    of minutes, so that two runs limited by steps or energy calls write the same checkpoints, bit for bit.
+    """
+    torch.set_num_threads(config.learner.threads)
+    learner = build_learner(config, derive_seed(config.seed, "learner"))
+    actors = [
+        build_actor(config, derive_seed(config.seed, "actor", index), learner.policy)
+        for index in range(1 if config.data == "on_policy" else config.actor.count)
+    ]
+    refiners = [
+        build_refiner(config, derive_seed(config.seed, "refiner", index))
+        for index in range(0 if config.data == "on_policy" else config.refiner.count)
+    ]
+    budget = Budget(config.limits)
+    checkpointer = Checkpointer(run_dir / "checkpoints", config.checkpoint)
+    evaluator = build_evaluator(config)
+    evaluated_at = time.monotonic()
+
+    def report(
+        metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress_made: float
+    ) -> None:
+        nonlocal evaluated_at
+        monitor.log(metrics, step, wall_s, energy_evaluations)
+        progress({**metrics, "step": step, "progress": progress_made})
+        now = time.monotonic()
+        if now - evaluated_at >= config.eval.every_s:
+            evaluator.load(learner.average.tensors)
+            results = evaluator.evaluate().metrics
+            results["eval/energy_evaluations"] = energy_evaluations
+            monitor.log(results, step, wall_s, energy_evaluations)
+            progress(results)
+            evaluated_at = time.monotonic()
+
+    loop = TrainingLoop(
+        learner,
+        LocalSource(actors, refiners),
+        budget,
+        checkpointer,
+        report,
+        should_stop,
+        refine_every=config.refiner.every,
+        record_clock=config.limits.minutes is not None,
+    )
+    if checkpoint_paths(checkpointer.directory):
+        state, damaged = load_latest(checkpointer.directory)
+        for error in damaged:
+            event(f"checkpoint skipped: {error}")
+        loop.load_state(state)
+        event(f"resumed at step {learner.step}")
+    reason = loop.run()
+    if checkpointer.error:
+        raise OSError(f"the last checkpoint was not written: {checkpointer.error}")
+    if reason == "stopped":
+        return None
+    results, images = final_evaluation(evaluator, run_dir)
+    monitor.log_images({name: Path(path) for name, path in images.items()})
+    monitor.summary(results)
+    return results

@@ -1,0 +1,189 @@
+"""Atomic checkpoints: safetensors files and a manifest, written off the learner's path.
+
+A checkpoint is a directory `step-<n>` that appears by one rename when it is complete: every file is written and
+synced under a temporary name first, the manifest, which holds their SHA-256 sums, last.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from driftstream.envs.errors import require
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every `every_s` seconds and at the end; the newest `keep` stay."""
+
+    every_s: float = 60.0
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        require(self.every_s > 0, "checkpoint.every_s", self.every_s, "a positive number of seconds")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, incomplete or damaged."""
+
+
+@dataclass
+class CheckpointState:
+    """What a checkpoint holds: groups of named tensors (a file each), and numbers (in the manifest)."""
+
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(directory: Path, state: CheckpointState) -> Path:
+    """Write `directory/step-<n>` atomically; an existing one of the same step is replaced. Returns its path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step-{state.step}"
+    partial = directory / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    files = {}
+    for group, tensors in state.groups.items():
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        name = f"{group}.safetensors"
+        _write_synced(partial / name, data)
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest = {"format": FORMAT, "step": state.step, "numbers": state.numbers, "files": files}
+    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    _sync_directory(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _sync_directory(directory)
+    return final
+
+
+def load_checkpoint(path: Path, groups: tuple[str, ...] | None = None) -> CheckpointState:
+    """Read a checkpoint, or only some of its groups, checking sizes and sums.
+
+    Raises:
+        CheckpointError: it names the file that is missing or damaged.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        step, numbers, files = manifest["step"], manifest["numbers"], manifest["files"]
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: unreadable ({error})") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT}")
+    loaded: dict[str, dict[str, Tensor]] = {}
+    for name, entry in files.items():
+        group = name.removesuffix(".safetensors")
+        if groups is not None and group not in groups:
+            continue
+        try:
+            data = (path / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: unreadable ({error})") from error
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{path / name}: damaged (its SHA-256 is not the manifest's)")
+        loaded[group] = load(data)
+    return CheckpointState(step, loaded, numbers)
+
+
+def checkpoint_paths(directory: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def load_latest(
+    directory: Path, groups: tuple[str, ...] | None = None
+) -> tuple[CheckpointState, list[CheckpointError]]:
+    """The newest checkpoint that is whole, and the errors of the newer ones that are not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    damaged: list[CheckpointError] = []
+    for path in reversed(checkpoint_paths(directory)):
+        try:
+            return load_checkpoint(path, groups), damaged
+        except CheckpointError as error:
+            damaged.append(error)
+    cause = f" ({damaged[0]})" if damaged else ""
+    raise CheckpointError(f"no usable checkpoint in {directory}{cause}")
+
+
+class Checkpointer:
+    """Writes checkpoints in a thread of its own, one at a time, and removes old ones.
+
+    A write that fails (a full disk) is kept in `error` and tried again at the next interval; the checkpoints
+    before it stay.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+        self.directory = directory
+        self.config = config
+        self.error: str | None = None
+        self._last = time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    def due(self) -> bool:
+        """Whether the interval is over and the last write has ended."""
+        idle = self._thread is None or not self._thread.is_alive()
+        return idle and time.monotonic() - self._last >= self.config.every_s
+
+    def save(self, state: CheckpointState) -> None:
+        """Start to write `state`; its tensors are copied first, so that learning can go on."""
+        self.wait()
+        self._last = time.monotonic()
+        groups = {
+            group: {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            for group, tensors in state.groups.items()
+        }
+        copied = CheckpointState(state.step, groups, state.numbers)
+        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the write under way."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, state: CheckpointState) -> None:
+        try:
+            save_checkpoint(self.directory, state)
+            self.error = None
+            for path in checkpoint_paths(self.directory)[: -self.config.keep]:
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError as error:
+            self.error = str(error)
+            shutil.rmtree(self.directory / f".step-{state.step}.partial", ignore_errors=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

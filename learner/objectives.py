@@ -1,0 +1,97 @@
+"""Training objectives as pure functions of per-step log densities.
+
+Shapes: `log_pf`, `log_pb` `[B, T]`; `log_reward` `[B]`; `log_flow` `[B, T+1]`, whose last column is the log
+reward. Each returns a scalar; gradients flow to whatever the arguments depend on. `reverse_kl` is meant for
+states that were drawn with reparametrisation; the others for detached states of any path distribution.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from driftstream.envs.errors import require
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Which loss the learner minimises."""
+
+    name: Literal["trajectory_balance", "vargrad"] = "trajectory_balance"
+
+    def __post_init__(self) -> None:
+        known = ("trajectory_balance", "vargrad")
+        require(self.name in known, "objective.name", self.name, "one of " + ", ".join(known))
+
+
+def log_weights(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:
+    """Log importance weight log R + sum log P_B - sum log P_F of each trajectory, `[B]`."""
+    return log_reward + (log_pb - log_pf).sum(-1)
+
+
+def trajectory_balance(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor, log_z: Tensor) -> Tensor:
+    """Mean squared trajectory-balance residual, with the learned scalar `log_z`.
+
+    Source: Malkin et al. 2022 (arXiv 2201.13259); Lahlou et al. 2023 (arXiv 2301.12594).
+    """
+    return (log_z - log_weights(log_pf, log_pb, log_reward)).square().mean()
+
+
+def vargrad(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor, groups: Tensor | None = None) -> Tensor:
+    """Log-variance loss: the variance of the log weight over the batch, or the mean over groups of theirs.
+
+    `groups [B]` holds an integer a trajectory; trajectories of one group share a condition, hence a log Z.
+
+    Source: Richter et al. 2020 (arXiv 2010.10436); Richter & Berner 2024 (arXiv 2307.01198).
+    """
+    log_weight = log_weights(log_pf, log_pb, log_reward)
+    if groups is None:
+        return log_weight.var(correction=0)
+    _, index = groups.unique(return_inverse=True)
+    sizes = torch.bincount(index).to(log_weight.dtype)
+    means = torch.zeros_like(sizes).index_add(0, index, log_weight) / sizes
+    squares = (log_weight - means[index]).square()
+    return (torch.zeros_like(sizes).index_add(0, index, squares) / sizes).mean()
+
+
+def detailed_balance(log_pf: Tensor, log_pb: Tensor, log_flow: Tensor) -> Tensor:
+    """Squared residuals of single transitions, summed over steps, averaged over the batch.
+
+    Source: Bengio et al. 2023 (arXiv 2111.09266); Lahlou et al. 2023 (arXiv 2301.12594).
+    """
+    residual = log_flow[:, :-1] + log_pf - log_flow[:, 1:] - log_pb
+    return residual.square().sum(-1).mean()
+
+
+def subtrajectory_balance(log_pf: Tensor, log_pb: Tensor, log_flow: Tensor, lam: float) -> Tensor:
+    """SubTB(lambda): lambda-weighted mean of the squared residuals of all subtrajectories, batch mean.
+
+    The residual from i to j is G_i - G_j with G_n = log F_n - sum_{m<n} (log P_F - log P_B), so the weighted
+    sum over pairs is the quadratic form of a graph Laplacian: O(T^2) weights, O(B T) memory for the batch.
+    `lam = 0` is its limit, the mean over single transitions.
+
+    Source: Madan et al. 2023 (arXiv 2209.12782), equation 7.
+    """
+    if lam < 0:
+        raise ValueError(f"lam = {lam}: expected a number >= 0")
+    steps = log_pf.shape[-1]
+    advance = torch.nn.functional.pad((log_pf - log_pb).cumsum(-1), (1, 0))
+    potential = log_flow - advance
+    potential = potential - potential.mean(-1, keepdim=True).detach()
+    index = torch.arange(steps + 1, device=log_pf.device, dtype=torch.float64)
+    gap = (index[:, None] - index[None, :]).abs()
+    # Weights relative to the longest (lam > 1) or shortest pair: lam ** T overflows single precision.
+    exponent = gap - (steps if lam > 1 else 1)
+    weight = torch.where(gap > 0, torch.as_tensor(lam, dtype=torch.float64) ** exponent, 0.0)
+    weight = (weight / (0.5 * weight.sum())).to(potential.dtype)
+    laplacian = torch.diag(weight.sum(-1)) - weight
+    return (potential * (potential @ laplacian)).sum(-1).mean()
+
+
+def reverse_kl(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:
+    """Reverse KL divergence up to log Z: the mean negative log weight, for reparametrised trajectories.
+
+    Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141).
+    """
+    return -log_weights(log_pf, log_pb, log_reward).mean()

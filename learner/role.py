@@ -1,0 +1,80 @@
+"""The learner as a process: it serves the stream, publishes weights and trains until its limits are reached."""
+
+from contextlib import ExitStack
+
+from driftstream.actors.actor import ExplorationActor
+from driftstream.buffers.channels import StreamConfig, StreamServer
+from driftstream.buffers.control import RoleContext
+from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer, checkpoint_paths, load_latest
+from driftstream.learner.learner import Learner
+from driftstream.learner.limits import Budget, LimitsConfig
+from driftstream.learner.loop import TrainingLoop
+from driftstream.learner.publisher import Publisher
+from driftstream.learner.sources import DataSource, LocalSource, StreamSource
+
+
+def run_learner(
+    context: RoleContext,
+    learner: Learner,
+    limits: LimitsConfig,
+    checkpoint: CheckpointConfig,
+    stream: StreamConfig,
+    refine_every: int,
+    on_policy_actor: ExplorationActor | None = None,
+) -> None:
+    """Train until a limit is reached or the run stops; goes on from the run's newest whole checkpoint, if any.
+
+    With `on_policy_actor` (which shares the learner's policy) nothing is streamed: the learner rolls out itself.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    control, endpoints = context.control, context.endpoints
+    budget = Budget(limits)
+    checkpointer = Checkpointer(context.run_dir / "checkpoints", checkpoint)
+    state = None
+    if checkpoint_paths(checkpointer.directory):
+        state, damaged = load_latest(checkpointer.directory)
+        for error in damaged:
+            control.report("event", {"text": f"learner: checkpoint skipped, {error}"})
+
+    def report(
+        metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float
+    ) -> None:
+        context.report_metrics(metrics, step=step, wall_s=wall_s, energy_evaluations=energy_evaluations)
+        control.report("status", {"phase": "training", "step": step, "progress": progress})
+        if checkpointer.error:
+            control.report("event", {"text": f"learner: checkpoint not written, {checkpointer.error}"})
+
+    with ExitStack() as stack:
+        publisher = Publisher(learner, budget, endpoints.weights, endpoints.ema_weights)
+        stack.callback(publisher.close)
+        source: DataSource
+        if on_policy_actor is not None:
+            source = LocalSource([on_policy_actor], [])
+        else:
+            # Replayed batches let steps pass between fresh ones, so that fewer tickets keep the same bound.
+            window = stream.max_outstanding(steps_per_batch=1.0 + learner.limiter.ratio)
+            version = state.step if state else 0
+            server = StreamServer(endpoints.stream, stream, max_outstanding=window, version=version)
+            stack.callback(server.close)
+            lock_step = stream.max_staleness == 0
+            source = StreamSource(server, publisher, learner.target.dim, lock_step)
+        loop = TrainingLoop(
+            learner,
+            source,
+            budget,
+            checkpointer,
+            report,
+            should_stop=lambda: context.should_stop,
+            refine_every=refine_every,
+            publisher=publisher,
+        )
+        if state is not None:
+            loop.load_state(state)
+            control.report("event", {"text": f"learner: resumed at step {learner.step}"})
+        reason = loop.run()
+        if checkpointer.error:
+            raise OSError(f"the last checkpoint was not written: {checkpointer.error}")
+        status = {"phase": "finished", "step": learner.step, "progress": loop.progress, "reason": reason}
+        control.report("status", status)

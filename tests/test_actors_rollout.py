@@ -1,0 +1,120 @@
+"""The fused rollout against the environment's, and the scorer against the equations."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
+from driftstream.actors.rollout import rollout, score_trajectories
+from driftstream.actors.torchrl_policy import make_torchrl_policy
+from driftstream.envs.grids import random_grid, uniform_grid
+from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.sampling_env import DiffusionSamplingEnv
+from driftstream.envs.targets import make_target
+from driftstream.envs.trajectory import as_transitions, from_transitions, validate_trajectories
+
+
+def make_policy(dim: int, seed: int = 0, **options: bool) -> DiffusionPolicy:
+    torch.manual_seed(seed)
+    policy = DiffusionPolicy(dim, PolicyConfig(hidden=16, harmonics=8, **options))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return policy
+
+
+def grid(kind: str, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    if kind == "uniform":
+        return uniform_grid(steps, dtype=dtype)
+    return random_grid(steps, torch.Generator().manual_seed(3), dtype=dtype)
+
+
+@pytest.mark.parametrize("exploration_std", [0.0, 1.5])
+@pytest.mark.parametrize("kind", ["uniform", "random"])
+@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True}], ids=str)
+@pytest.mark.parametrize("name", ["gmm25", "manywell"])
+def test_rollout_equals_the_environments(
+    name: str, options: dict[str, bool], kind: str, exploration_std: float
+) -> None:
+    target = make_target(name)
+    process = BrownianProcess(target.diffusion_variance)
+    times = grid(kind, 7)
+    policy = make_policy(target.dim, **options)
+    env = DiffusionSamplingEnv(target, process, times, batch_size=16)
+    actor = make_torchrl_policy(policy, process, target, times, exploration_std)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        expected = env.rollout(7, actor)
+    torch.manual_seed(5)
+    trajectories = rollout(policy, process, target, times, 16, exploration_std=exploration_std)
+    validate_trajectories(trajectories, target.dim, 7)
+    transitions = as_transitions(trajectories)
+    for key in transitions.keys(include_nested=True, leaves_only=True):
+        torch.testing.assert_close(transitions[key], expected[key], rtol=2e-4, atol=2e-4)
+    back = from_transitions(expected, times)
+    torch.testing.assert_close(back["states"], trajectories["states"], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "random"])
+@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True}], ids=str)
+def test_scorer_equals_the_transition_densities_step_by_step(options: dict[str, bool], kind: str) -> None:
+    target = make_target("manywell", dim=4)
+    process = BrownianProcess(1.7)
+    times = grid(kind, 6, torch.float64)
+    policy = make_policy(4, **options).double()
+    trajectories = rollout(policy, process, target, times, 5, exploration_std=0.5)
+    states, scores = trajectories["states"], trajectories.get("scores", None)
+    log_pf, log_pb = score_trajectories(policy, process, states, times, scores)
+    for n in range(6):
+        dt = float(times[n + 1] - times[n])
+        x, after = states[:, n], states[:, n + 1]
+        drift, log_var = policy(x, policy.embed_times(times[n : n + 1])[0], target.score(x))
+        std = math.sqrt(1.7 * dt) * (torch.ones_like(x) if log_var is None else (0.5 * log_var).exp())
+        forward = torch.distributions.Normal(x + drift * dt, std).log_prob(after).sum(-1)
+        torch.testing.assert_close(log_pf[:, n], forward)
+        if n == 0:
+            assert torch.equal(log_pb[:, 0], torch.zeros(5, dtype=torch.float64))
+        else:
+            ratio = float(times[n] / times[n + 1])
+            backward = torch.distributions.Normal(after * ratio, math.sqrt(1.7 * dt * ratio))
+            torch.testing.assert_close(log_pb[:, n], backward.log_prob(x).sum(-1))
+
+
+def test_exploration_widens_the_paths_and_not_the_score() -> None:
+    target = make_target("gmm25")
+    process = BrownianProcess(5.0)
+    policy = DiffusionPolicy(2, PolicyConfig(learned_variance=False))
+    times = uniform_grid(20)
+    generator = torch.Generator().manual_seed(0)
+    plain = rollout(policy, process, target, times, 4000, generator=generator)["states"][:, -1]
+    wide = rollout(policy, process, target, times, 4000, exploration_std=2.0, generator=generator)
+    assert plain.var().item() == pytest.approx(5.0, rel=0.08)
+    assert wide["states"][:, -1].var().item() == pytest.approx(9.0, rel=0.08)
+    # The untrained policy scores the widened paths as plain Brownian ones.
+    log_pf, _ = score_trajectories(policy, process, wide["states"], times)
+    step = torch.distributions.Normal(0.0, math.sqrt(5.0 / 20))
+    torch.testing.assert_close(log_pf, step.log_prob(wide["states"].diff(dim=1)).sum(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_tb_residual_vanishes_for_the_optimal_drift_of_a_gaussian() -> None:
+    # For R = N(0, c I) and Brownian noise the optimal Euler-Maruyama kernel is known exactly: the reverse of the
+    # bridge chain, Gaussian with linear drift. Any path, however drawn, must then weigh the same.
+    c, sigma2, steps, dim = 2.3, 1.7, 9, 3
+    process = BrownianProcess(sigma2)
+    times = grid("random", steps, torch.float64)
+    states = torch.randn(8, steps + 1, dim, dtype=torch.float64) * 3
+    states[:, 0] = 0.0
+    t, dt = times[:-1], times.diff()
+    # Marginal variance of the bridge mixture at t, and the Gaussian conditional of x_{n+1} given x_n.
+    s = c * times**2 + sigma2 * times * (1 - times)
+    gain = torch.where(t > 0, (t / times[1:]) * s[1:] / s[:-1].clamp_min(1e-300), 0.0)
+    variance = s[1:] - gain**2 * s[:-1]
+    drift = (gain - 1.0).unsqueeze(-1) * states[:, :-1] / dt.unsqueeze(-1)
+    log_var = (variance / (sigma2 * dt)).log().unsqueeze(-1).expand_as(drift)
+    log_pf = process.log_pf(states, times, drift, log_var)
+    deviation = torch.full((dim,), math.sqrt(c), dtype=torch.float64)
+    log_reward = torch.distributions.Normal(0.0, deviation).log_prob(states[:, -1]).sum(-1)
+    log_weight = log_reward + (process.log_pb(states, times) - log_pf).sum(-1)
+    torch.testing.assert_close(log_weight, torch.zeros_like(log_weight), rtol=0, atol=1e-9)
