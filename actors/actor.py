@@ -81,7 +81,7 @@ class ExplorationActor:
 
 def as_message(batch: TensorDict) -> dict[str, Tensor]:
     """Tensors of a trajectories message: as in the batch, but the shared grid once, `times [T+1]`."""
-    tensors = {key: batch[key] for key in ("states", "log_reward", "scores") if key in batch.keys()}
+    tensors = {key: batch[key] for key in ("states", "log_reward", "scores") if key in batch}
     return {**tensors, "times": batch["times"][0]}
 
 

@@ -19,12 +19,8 @@ class ExplorationConfig:
 
     def __post_init__(self) -> None:
         require(self.std is None or self.std >= 0, "exploration.std", self.std, "a number >= 0")
-        require(
-            self.decay in ("linear", "constant"), "exploration.decay", self.decay, "'linear' or 'constant'"
-        )
-        require(
-            0 < self.decay_until <= 1, "exploration.decay_until", self.decay_until, "a fraction in (0, 1]"
-        )
+        require(self.decay in ("linear", "constant"), "exploration.decay", self.decay, "'linear' or 'constant'")
+        require(0 < self.decay_until <= 1, "exploration.decay_until", self.decay_until, "a fraction in (0, 1]")
 
     def std_at(self, progress: float) -> float:
         """Exploration rate when the learner has done the fraction `progress` of its training."""

@@ -106,9 +106,7 @@ def mala_step(
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     proposal = mala_proposal(x, state.score, step_size, noise)
     log_reward, score = target.log_reward_and_score(proposal)
-    log_accept = mala_log_accept(
-        x, state.log_reward, state.score, proposal, log_reward, score, step_size, beta
-    )
+    log_accept = mala_log_accept(x, state.log_reward, state.score, proposal, log_reward, score, step_size, beta)
     uniform = torch.rand(log_accept.shape, generator=generator, device=x.device, dtype=x.dtype)
     accepted = uniform.log_() < log_accept
     moved = accepted.unsqueeze(-1)

@@ -77,9 +77,7 @@ class DiffusionPolicy(nn.Module):
         self.learned_variance = bool(config.learned_variance)
         self.langevin = config.langevin
         self.time_features = TimeFeatures(config.harmonics)
-        self.time_net = nn.Sequential(
-            nn.Linear(2 * config.harmonics, hidden), nn.GELU(), nn.Linear(hidden, hidden)
-        )
+        self.time_net = nn.Sequential(nn.Linear(2 * config.harmonics, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.state_net = nn.Linear(dim, hidden)
         self.joint_net = nn.Sequential(
             nn.GELU(),
@@ -106,9 +104,7 @@ class DiffusionPolicy(nn.Module):
         scale = self.langevin_net(self.langevin_features(t)) if self.langevin else None
         return TimeEmbedding(self.time_net(self.time_features(t)), scale)
 
-    def forward(
-        self, x: Tensor, embedding: TimeEmbedding, score: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, embedding: TimeEmbedding, score: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Drift and log-variance offset at states `x`.
 
         Args:

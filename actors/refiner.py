@@ -49,9 +49,7 @@ class Refiner:
 
 def run_refiner(context: RoleContext, refiner: Refiner, stream: StreamConfig) -> None:
     """Ask the learner for seeds, refine them, send what was accepted, until the run stops."""
-    client = StreamClient(
-        context.endpoints.stream, context.name, context.epoch, stream, produces="terminals"
-    )
+    client = StreamClient(context.endpoints.stream, context.name, context.epoch, stream, produces="terminals")
     meter = CallMeter(refiner.target)
     try:
         while not context.should_stop:

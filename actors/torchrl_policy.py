@@ -4,7 +4,6 @@ Head -> exploration -> sampler: exploration widens the scale before the action i
 log-probability that TorchRL reports is that of the behaviour policy.
 """
 
-import torch
 from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor
@@ -19,9 +18,7 @@ class TransitionHead(nn.Module):
 
     times: Tensor
 
-    def __init__(
-        self, policy: DiffusionPolicy, process: BrownianProcess, target: Target, times: Tensor
-    ) -> None:
+    def __init__(self, policy: DiffusionPolicy, process: BrownianProcess, target: Target, times: Tensor) -> None:
         super().__init__()
         self.policy = policy
         self.process = process
@@ -69,9 +66,7 @@ def make_torchrl_policy(
     head = TensorDictModule(
         TransitionHead(policy, process, target, times), in_keys=["state", "step"], out_keys=["loc", "scale"]
     )
-    explore = TensorDictModule(
-        ExplorationScale(exploration_std, times), in_keys=["scale", "step"], out_keys=["scale"]
-    )
+    explore = TensorDictModule(ExplorationScale(exploration_std, times), in_keys=["scale", "step"], out_keys=["scale"])
     return ProbabilisticActor(
         TensorDictSequential(head, explore) if exploration_std else head,
         in_keys=["loc", "scale"],

@@ -68,11 +68,7 @@ class ControlServer:
         reports = []
         for identity, *frames in sockets.drain(self.socket, copy=True):
             content = _parse(frames)
-            if (
-                content is None
-                or not is_name(content.get("role"))
-                or not isinstance(content.get("kind"), str)
-            ):
+            if content is None or not is_name(content.get("role")) or not isinstance(content.get("kind"), str):
                 self.rejected += 1
                 continue
             report = Report(content["role"], content["kind"], content.get("payload") or {})
@@ -206,11 +202,7 @@ class ControlClient:
             self._outbox.popleft()
 
     def _take_command(self, content: dict[str, Any] | None) -> None:
-        if (
-            content is None
-            or not is_integer(content.get("number"))
-            or not isinstance(content.get("command"), str)
-        ):
+        if content is None or not is_integer(content.get("number")) or not isinstance(content.get("command"), str):
             return
         self._latest = (content["number"], content["command"])
         if content["command"] == "stop":

@@ -64,9 +64,7 @@ class CreditLedger:
         """Tickets that are handed out and whose batch is not yet consumed."""
         return len(self._tickets)
 
-    def greet(
-        self, name: str, epoch: int, paced: bool, acknowledged: int, sent: int, granted: int
-    ) -> Sender | None:
+    def greet(self, name: str, epoch: int, paced: bool, acknowledged: int, sent: int, granted: int) -> Sender | None:
         """The sender that says hello with what it knows of its stream, or None if that cannot be.
 
         A new epoch starts afresh. A sender that is not known (the learner was restarted) goes on where it

@@ -36,14 +36,10 @@ class ReplayConfig:
     def __post_init__(self) -> None:
         require(self.capacity >= 1, "capacity", self.capacity, "at least 1")
         kinds, sources = get_args(Prioritization), get_args(Source)
-        require(
-            self.prioritization in kinds, "prioritization", self.prioritization, f"one of {', '.join(kinds)}"
-        )
+        require(self.prioritization in kinds, "prioritization", self.prioritization, f"one of {', '.join(kinds)}")
         require(self.source in sources, "source", self.source, f"one of {', '.join(sources)}")
         require(self.rank_k > 0 and math.isfinite(self.rank_k), "rank_k", self.rank_k, "a positive number")
-        require(
-            self.ratio >= 0 and math.isfinite(self.ratio), "ratio", self.ratio, "a finite number, at least 0"
-        )
+        require(self.ratio >= 0 and math.isfinite(self.ratio), "ratio", self.ratio, "a finite number, at least 0")
         in_range = 1 <= self.minimum <= self.capacity
         require(in_range, "minimum", self.minimum, f"between 1 and the capacity {self.capacity}")
 
@@ -91,8 +87,7 @@ class TerminalReplay:
         """
         if terminal.shape != (len(log_reward), self.dim):
             raise ValueError(
-                f"terminal {tuple(terminal.shape)}, log_reward {tuple(log_reward.shape)}: "
-                f"expected [N,{self.dim}], [N]"
+                f"terminal {tuple(terminal.shape)}, log_reward {tuple(log_reward.shape)}: expected [N,{self.dim}], [N]"
             )
         terminal = terminal.detach().to(self.device, torch.float32)
         log_reward = log_reward.detach().to(self.device, torch.float32)
@@ -137,11 +132,7 @@ class TerminalReplay:
         self._buffer.writer.load_state_dict({"_cursor": cursor})
         prefix = "sampler."
         self._buffer.sampler.load_state_dict(
-            {
-                key.removeprefix(prefix): value.to(self.device)
-                for key, value in state.items()
-                if key.startswith(prefix)
-            }
+            {key.removeprefix(prefix): value.to(self.device) for key, value in state.items() if key.startswith(prefix)}
         )
         if self.generator is not None and "generator" in state:
             self.generator.set_state(state["generator"].cpu())

@@ -220,9 +220,7 @@ class StreamServer:
             raise WireError(f"more than {_MAX_SENDERS} senders")
         sender = self._ledger.greet(hello.sender, hello.epoch, bool(paced), acknowledged, sent, granted)
         if sender is None:
-            raise WireError(
-                f"{hello.sender} contradicts its stream of epoch {hello.epoch}; a restart needs a new one"
-            )
+            raise WireError(f"{hello.sender} contradicts its stream of epoch {hello.epoch}; a restart needs a new one")
         self._identities[hello.sender] = identity
         self._hellos[hello.sender] = hello.sequence
         self._due.add(hello.sender)
@@ -259,9 +257,7 @@ class StreamServer:
         if name is not None:
             self._refused_in_a_row[name] = self._refused_in_a_row.get(name, 0) + 1
             if self._refused_in_a_row[name] >= self._config.reject_threshold:
-                self._failure = (
-                    f"{name}: {self._refused_in_a_row[name]} messages in a row refused; the last: {reason}"
-                )
+                self._failure = f"{name}: {self._refused_in_a_row[name]} messages in a row refused; the last: {reason}"
                 self._changed.notify_all()
 
     def _answer(self) -> None:
@@ -273,9 +269,7 @@ class StreamServer:
                 routes = dict(self._identities)
                 self._due.clear()
                 self._outbox.clear()
-            gone = {
-                name for name, frames in outgoing if name in routes and not self._send(routes[name], frames)
-            }
+            gone = {name for name, frames in outgoing if name in routes and not self._send(routes[name], frames)}
             if not gone:
                 return
             with self._changed:

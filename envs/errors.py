@@ -10,10 +10,6 @@ class ConfigError(ValueError):
         self.value = value
         self.allowed = allowed
 
-    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str]]:
-        # Exceptions are rebuilt from `args`, which holds the finished message only.
-        return type(self), (self.field, self.value, self.allowed)
-
 
 class TargetError(RuntimeError):
     """A target's own code raised, or returned something that is not a log density or a score."""

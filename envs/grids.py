@@ -1,18 +1,17 @@
 """Time grids: 0 = t_0 < … < t_T = 1."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from driftstream.envs.errors import ConfigError, require
-from driftstream.envs.targets_base import Target
 
 
 @dataclass(frozen=True)
 class GridConfig:
-    """Which time grid to simulate on; `sampling_steps` (T) None takes the target's suggestion."""
+    """Which time grid to simulate on; `sampling_steps` (T) None is derived from the target when a run starts."""
 
     kind: Literal["uniform", "random"] = "uniform"
     sampling_steps: int | None = None
@@ -21,12 +20,6 @@ class GridConfig:
         require(self.kind in ("uniform", "random"), "grid.kind", self.kind, "'uniform' or 'random'")
         steps = self.sampling_steps
         require(steps is None or steps >= 1, "grid.sampling_steps", steps, "at least 1")
-
-    def resolve(self, target: Target) -> "GridConfig":
-        """The same with the target's suggestion where `sampling_steps` is open."""
-        if self.sampling_steps is not None:
-            return self
-        return replace(self, sampling_steps=target.sampling_steps)
 
 
 def uniform_grid(
@@ -58,7 +51,9 @@ def make_grid(
     """times [T+1] with exact ends 0 and 1, newly drawn if random; ConfigError while T is unresolved."""
     steps = config.sampling_steps
     if steps is None:
-        raise ConfigError("grid.sampling_steps", None, "a number of steps (see GridConfig.resolve)")
+        raise ConfigError(
+            "grid.sampling_steps", None, "a number of steps (the configuration is not resolved)"
+        )
     if config.kind == "random":
         return random_grid(steps, generator, device, dtype)
     return uniform_grid(steps, device, dtype)

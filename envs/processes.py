@@ -1,13 +1,12 @@
 """Diffusion processes: how a state moves forward, how likely that was, and the way back."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from driftstream.envs.errors import require
-from driftstream.envs.targets_base import Target
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -22,18 +21,6 @@ class ProcessConfig:
         variance = self.diffusion_variance
         valid = variance is None or 0.0 < variance < math.inf
         require(valid, "process.diffusion_variance", variance, "a positive number")
-
-    def resolve(self, target: Target) -> "ProcessConfig":
-        """The same with the target's suggestion where `diffusion_variance` is open."""
-        if self.diffusion_variance is not None:
-            return self
-        return replace(self, diffusion_variance=target.diffusion_variance)
-
-    def build(self, target: Target) -> "BrownianProcess":
-        """The process that this configuration means for that target."""
-        variance = self.resolve(target).diffusion_variance
-        assert variance is not None
-        return BrownianProcess(variance)
 
 
 class BrownianProcess:

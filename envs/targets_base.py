@@ -17,15 +17,14 @@ class Target(ABC):
     """An unnormalised density R(x) on R^dim, known through log R and its gradient.
 
     A subclass sets `dim` and writes `log_reward`; everything else has a default.
-    `diffusion_variance` (σ², per unit of time) and `sampling_steps` (T) are suggestions to the sampler, used
-    where the configuration leaves them open.
+    `diffusion_variance` (σ², per unit of time) is a suggestion to the sampler, used where the configuration leaves
+    it open.
     """
 
     name: str = ""
     dim: int
     log_z: float | None = None
     diffusion_variance: float = 1.0
-    sampling_steps: int = 100
     projections: tuple[tuple[int, int], ...] = ((0, 1),)
     plot_range: tuple[float, float] = (-5.0, 5.0)
     device: torch.device = torch.device("cpu")
@@ -89,7 +88,6 @@ class CountedTarget(Target):
         self.dim = target.dim
         self.log_z = target.log_z
         self.diffusion_variance = target.diffusion_variance
-        self.sampling_steps = target.sampling_steps
         self.projections = target.projections
         self.plot_range = target.plot_range
         self.device = target.device

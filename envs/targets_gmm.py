@@ -80,7 +80,6 @@ def _grid_mixture(name: str, side: tuple[float, ...], variance: float) -> Gaussi
     target = GaussianMixture(name, torch.cartesian_prod(axis, axis), variance)
     reach = max(side) + 5.0
     target.diffusion_variance = 5.0
-    target.sampling_steps = 20
     target.plot_range = (-reach, reach)
     return target
 

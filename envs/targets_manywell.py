@@ -18,7 +18,6 @@ class ManyWell(Target):
     """
 
     name = "manywell"
-    sampling_steps = 40
     projections = ((0, 2), (1, 2))
     plot_range = (-3.0, 3.0)
 

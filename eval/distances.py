@@ -20,9 +20,7 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
     import ot
 
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not a.numel() or not b.numel():
-        raise ValueError(
-            f"a {list(a.shape)}, b {list(b.shape)}: expected [N,D] and [M,D], N and M at least 1"
-        )
+        raise ValueError(f"a {list(a.shape)}, b {list(b.shape)}: expected [N,D] and [M,D], N and M at least 1")
     a, b = a.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("wasserstein2 needs finite samples")

@@ -16,6 +16,9 @@ LogWeight = Tensor | np.ndarray
 # Below this many weights the Pareto fit has no tail to look at.
 _KHAT_MINIMUM = 25
 
+# A tail of log weights that spans more nats loses its lower part to underflow, and the fit with it.
+_KHAT_RANGE = 500.0
+
 
 def _as_float64(log_weight: LogWeight) -> Tensor:
     values = torch.as_tensor(log_weight).detach().to("cpu", torch.float64)
@@ -67,21 +70,26 @@ def effective_sample_size(log_weight: LogWeight) -> float:
 def khat(log_weight: LogWeight) -> float:
     """Shape k of the Pareto tail of the weights: below 0.7 importance estimates can be trusted, above 1 not.
 
-    NaN where it cannot be estimated: fewer than 25 finite weights, or weights that are all (nearly) equal.
+    Where a few weights outweigh all others beyond the range of floats, Hill's estimator, which the fit approaches
+    for large k, takes its place. NaN where there is no tail: fewer than 25 finite weights, or ties throughout.
     Raises ValueError unless `log_weight` is [n], n ≥ 1.
-    Source: Vehtari et al. 2024 (Pareto smoothed importance sampling, arXiv 1507.02646).
+    Source: Vehtari et al. 2024 (Pareto smoothed importance sampling, arXiv 1507.02646); Hill 1975.
     """
     # Slow to import, and used by the evaluator alone.
     from arviz_stats.base import array_stats
 
     values = _as_float64(log_weight)
     values = values[values.isfinite()]
-    if len(values) < _KHAT_MINIMUM:
+    n = len(values)
+    if n < _KHAT_MINIMUM:
         return math.nan
-    try:
-        with np.errstate(all="ignore"):
-            # It expects leave-one-out log likelihoods, and takes the weights to be their inverse.
-            _, shape = array_stats.psislw(-values.numpy())
-    except ValueError:  # how it says that the tail's values are all the same
+    size = math.ceil(min(n / 5, 3 * math.sqrt(n)))
+    tail = values.sort().values[-size - 1 :]
+    excess = tail[1:] - tail[0]
+    if excess[size // 4] == 0:
         return math.nan
-    return float(shape) if math.isfinite(shape) else math.nan
+    if excess[-1] > _KHAT_RANGE:
+        return excess.mean().item()
+    # It expects leave-one-out log likelihoods, and takes the weights to be their inverse.
+    _, shape = array_stats.psislw(-values.numpy())
+    return float(shape)

@@ -122,9 +122,7 @@ def _draw(
     samples, log_weights = [], []
     for start in range(0, n, _BATCH):
         paths = rollout(policy, process, target, times, min(_BATCH, n - start), generator=generator)
-        log_pf, log_pb = score_trajectories(
-            policy, process, paths["states"], times, paths.get("scores", None)
-        )
+        log_pf, log_pb = score_trajectories(policy, process, paths["states"], times, paths.get("scores", None))
         samples.append(paths["states"][:, -1])
         log_weights.append(_log_weight(paths["log_reward"], log_pf, log_pb))
     return torch.cat(samples), torch.cat(log_weights)

@@ -96,12 +96,11 @@ class Monitor:
             self._wandb.put(lambda run: run.log({k: v for k, v in row.items() if v is not None}))
 
     def log_images(self, images: Mapping[str, Path]) -> None:
-        """Shows image files in W&B at the last logged position."""
-        if self._wandb is not None:
-            position, wandb_image = self._position, self._wandb.image
-            self._wandb.put(
-                lambda run: run.log(position | {name: wandb_image(path) for name, path in images.items()})
-            )
+        """Shows image files in W&B at the last logged position; those that do not exist are left out."""
+        there = {name: path for name, path in images.items() if path.is_file()}
+        if self._wandb is not None and there:
+            position, image = self._position, self._wandb.image
+            self._wandb.put(lambda run: run.log(position | {name: image(there[name]) for name in there}))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """The run's final figures, for W&B's table of runs."""
@@ -175,9 +174,7 @@ class _WandbThread:
             run.finish()
         except Exception as error:
             if not self._failed:
-                _LOG.warning(
-                    "W&B is off from here on (%s: %s); metrics.jsonl goes on", type(error).__name__, error
-                )
+                _LOG.warning("W&B is off from here on (%s: %s); metrics.jsonl goes on", type(error).__name__, error)
             self._failed = True
         finally:
             # SystemExit is how teardown passes on a failed service's exit code.

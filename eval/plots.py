@@ -33,18 +33,20 @@ _MAX_SAMPLES = 2000  # more make a blot
 def plot_samples(target: Target, samples: Tensor, path: Path) -> Path:
     """Draws samples [N,D] over contours of the log density, one panel for each of the target's projections.
 
-    In more than two dimensions the contours are those of the exact marginal where it is known (funnel,
-    manywell), else of the slice at 0 of the other coordinates, and the panel says so. Writes a PNG at `path`
-    and returns it.
-    Raises ValueError unless `samples` is [N,D] with D of at least 2.
+    In more than two dimensions the contours are those of the exact marginal where it is known (funnel, manywell),
+    else of the slice at 0 of the other coordinates, and the panel says so. In one dimension, a histogram over the
+    density. Writes a PNG at `path` and returns it. Raises ValueError unless `samples` is [N,D].
     """
-    if samples.ndim != 2 or samples.shape[1] != target.dim or target.dim < 2:
-        raise ValueError(f"samples has shape {list(samples.shape)}, expected [N,{max(target.dim, 2)}]")
+    if samples.ndim != 2 or samples.shape[1] != target.dim:
+        raise ValueError(f"samples has shape {list(samples.shape)}, expected [N,{target.dim}]")
     samples = samples.detach().to("cpu", torch.float64)
-    pairs = target.projections
+    pairs = target.projections if target.dim > 1 else ((0, 0),)
     figure = Figure(figsize=(4.2 * len(pairs), 4.3), layout="constrained")
     for axes, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
-        _draw_projection(axes, target, samples[:, list(pair)], pair)
+        if target.dim == 1:
+            _draw_histogram(axes, target, samples)
+        else:
+            _draw_projection(axes, target, samples[:, list(pair)], pair)
     figure.suptitle(target.name, fontsize=11)
     return _save(figure, path)
 
@@ -61,20 +63,42 @@ def _draw_projection(axes: Axes, target: Target, points: Tensor, pair: tuple[int
     axes.contourf(side, side, height, levels=levels, cmap="Blues", alpha=0.6)
     axes.contour(side, side, height, levels=levels[1:-1], colors=_BLUE, linewidths=0.4, linestyles="solid")
 
-    shown = ((points >= low) & (points <= high)).all(1)
-    x, y = points[shown][:_MAX_SAMPLES].unbind(1)
+    shown = _mark_range(axes, target, points, note)
+    x, y = shown[:_MAX_SAMPLES].unbind(1)
     axes.scatter(x, y, s=6, color=_RED, alpha=0.5, linewidths=0)
-    notes = [note] if note else []
-    if not shown.all():
-        notes.append(f"{(~shown).double().mean():.1%} of samples outside")
-    axes.set_title("; ".join(notes), fontsize=8, color=_GREY)
-    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.set(ylim=(low, high), aspect="equal")
     axes.set(xlabel=f"$x_{{{pair[0] + 1}}}$", ylabel=f"$x_{{{pair[1] + 1}}}$")
+
+
+@torch.no_grad()
+def _draw_histogram(axes: Axes, target: Target, points: Tensor) -> None:
+    x = torch.linspace(*target.plot_range, 5 * _GRID, dtype=torch.float64).unsqueeze(-1)
+    density = _unwrap(target).log_reward(x).nan_to_num(-math.inf, neginf=-math.inf).softmax(0)
+    axes.fill_between(x[:, 0], density / (x[1] - x[0]), color=_BLUE, alpha=0.3, linewidth=0, label="density")
+    shown = _mark_range(axes, target, points)
+    axes.hist(shown[:, 0], bins=60, density=True, histtype="step", color=_RED, label="samples")
+    axes.set(xlabel="$x$", ylabel="probability density")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _mark_range(axes: Axes, target: Target, points: Tensor, note: str = "") -> Tensor:
+    """The points within the plot's range; what share lies outside is said above the panel."""
+    low, high = target.plot_range
+    shown = ((points >= low) & (points <= high)).all(1)
+    outside = "" if shown.all() else f"{(~shown).double().mean():.1%} of samples outside"
+    axes.set_title("; ".join(filter(None, (note, outside))), fontsize=8, color=_GREY)
+    axes.set_xlim(low, high)
+    return points[shown]
+
+
+def _unwrap(target: Target) -> Target:
+    # Drawing contours is no sampling, and must not be counted as energy evaluations.
+    return getattr(target, "target", target)
 
 
 def _log_density(target: Target, points: Tensor, pair: tuple[int, int]) -> tuple[Tensor, str]:
     """Log density [N] of a projection at `points` [N,2], up to a constant, and the panel's note on it."""
-    inner = getattr(target, "target", target)
+    inner = _unwrap(target)
     if isinstance(inner, Funnel) and pair[0] == 0:
         return Funnel(inner.name, 2, inner.variance).log_reward(points), ""
     x = points.new_zeros(len(points), target.dim)
@@ -226,5 +250,7 @@ def _draw_line(axes: Axes, line: _Line, points: np.ndarray, label: str) -> None:
 
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    # The monitor may be reading the last one.
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=150, format="png")
+    return partial.replace(path)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from driftstream.envs.errors import ConfigError, TargetError
 from driftstream.launch.flags import (
+    CommandError,
     EvalFlags,
     ListFlags,
     SampleFlags,
@@ -29,10 +30,6 @@ Train diffusion samplers for densities known up to their normaliser.
 `driftstream COMMAND --help` lists a command's flags.
 """
 COMMANDS = ("train", "sample", "eval", "list")
-
-
-class CommandError(RuntimeError):
-    """A command that cannot do its work, though the command line made sense."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -102,14 +102,14 @@ def resolve(config: RunConfig) -> RunConfig:
     target = make_target(config.target, **config.target_options)
     low = target.dim <= LOW_DIMENSION
     process, grid, policy, exploration = config.process, config.grid, config.policy, config.exploration
-    if process.diffusion_variance is None:
-        process = replace(process, diffusion_variance=target.diffusion_variance)
+    variance = process.diffusion_variance or target.diffusion_variance
+    process = replace(process, diffusion_variance=variance)
     if grid.sampling_steps is None:
         grid = replace(grid, sampling_steps=20 if low else 40)
     if policy.learned_variance is None:
         policy = replace(policy, learned_variance=low)
     if exploration.std is None:
-        exploration = replace(exploration, std=process.diffusion_variance**0.5)
+        exploration = replace(exploration, std=variance**0.5)
     replay = config.replay
     if replay.source == "auto":
         replay = replace(replay, source="refined" if config.refiner.count else "terminals")
@@ -118,9 +118,7 @@ def resolve(config: RunConfig) -> RunConfig:
         require(config.refiner.count > 0, "refiner.count", 0, "at least 1, as replay.source = 'refined'")
     if config.data == "stream":
         require(config.actor.count > 0, "actor.count", 0, "at least 1, as data = 'stream'")
-    return replace(
-        config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay
-    )
+    return replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

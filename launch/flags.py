@@ -24,12 +24,16 @@ class UsageError(ValueError):
     """A command line that makes no sense: one line for the user, exit code 2."""
 
 
+class CommandError(RuntimeError):
+    """A command that makes sense and cannot be done: one line for the user, exit code 1."""
+
+
 @dataclass(frozen=True)
 class TrainFlags:
     """Train a sampler of TARGET: a learner, actors and refiners that feed it, and an evaluator.
 
-    Every field of the configuration is a flag too, as --component.field VALUE (--help-all lists them with their
-    values); --dry-run shows what a command resolves to. Limits given here replace those of the method.
+    Every field of the configuration is a flag too, as --component.field VALUE (--help-all lists them with
+    their values); --dry-run shows what a command resolves to. Limits given here replace those of the method.
     """
 
     target: Annotated[str | None, Positional, arg(metavar="TARGET", help_behavior_hint="")] = None
@@ -66,6 +70,8 @@ class TrainFlags:
     """Run all roles in this process, bitwise reproducible."""
     dry_run: bool = False
     """Show the configuration and placement, check the target's gradient, and end."""
+    help_all: bool = False
+    """Show the flags of the whole configuration, with the method's values, and end."""
 
 
 @dataclass(frozen=True)
@@ -120,35 +126,42 @@ def split_config_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, config
 
 
-def parse(kind: type[Flags], arguments: Sequence[str], prog: str, default: Flags | None = None) -> Flags:
+def parse(kind: type[Flags], arguments: Sequence[str], prog: str) -> Flags:
     """Fill a dataclass from flags; --help prints and exits.
 
     Raises:
         UsageError: anything that does not fit, in one line.
     """
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    flags, unknown = parse_known(kind, arguments, prog, config=(FlagCreatePairsOff,))
+    refuse(unknown, kind)
+    return flags
+
+
+def parse_known(
+    kind: type[Flags], arguments: Sequence[str], prog: str, **options: Any
+) -> tuple[Flags, list[str]]:
+    """Fill a dataclass from flags; returns it with the arguments that have no place in it.
+
+    `options` are those of `tyro.cli`. Raises UsageError for a value that does not fit.
+    """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            result, unknown = tyro.cli(
-                kind,
-                args=arguments,
-                prog=prog,
-                return_unknown_args=True,
-                config=(FlagCreatePairsOff,) if default is None else (),
-                **options,
-            )
+            return tyro.cli(kind, args=arguments, prog=prog, return_unknown_args=True, **options)
     except SystemExit as end:
         if not end.code:
             raise
         raise UsageError(first_sentence(complaint.getvalue())) from None
-    if unknown:
-        token = next((token for token in unknown if token.startswith("-")), None)
-        if token is None:
-            raise UsageError(f"unexpected argument {unknown[0]!r}")
-        flag = token.split("=")[0]
-        raise UsageError(f"unknown flag {flag}{suggestion(flag, flag_names(kind))}")
-    return result
+
+
+def refuse(unknown: Sequence[str], kind: type) -> None:
+    """Raise UsageError for the first argument that has no place in `kind`, with what may have been meant."""
+    if not unknown:
+        return
+    flag = next((token.split("=")[0] for token in unknown if token.startswith("-")), None)
+    if flag is None:
+        raise UsageError(f"unexpected argument {unknown[0]!r}")
+    raise UsageError(f"unknown flag {flag}{suggestion(flag, flag_names(kind))}")
 
 
 def first_sentence(box: str) -> str:
@@ -158,7 +171,9 @@ def first_sentence(box: str) -> str:
     text = " ".join(lines[:end]).removeprefix("Error parsing ")
     text = re.sub(r"^[\w.]+: ", "", text)
     text = text.replace("'None', ", "").replace("{None}|", "")
-    text = re.sub(r"no type matching (\S+) could be instantiated from \[(.*)\]\.?", r"expected \1, not \2", text)
+    text = re.sub(
+        r"no type matching (\S+) could be instantiated from \[(.*)\]\.?", r"expected \1, not \2", text
+    )
     return text or "this command line makes no sense"
 
 
@@ -174,7 +189,7 @@ def flag_names(kind: type, prefix: str = "--") -> list[str]:
     return names
 
 
-def suggestion(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     """`; did you mean …?`, where something known is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -6,16 +6,17 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from driftstream.buffers.sockets import MAX_IPC_PATH_BYTES
 from driftstream.envs.errors import ConfigError
 
-IPC_PATH_BYTES = 107
-"""The longest path of a Unix socket on Linux."""
-SOCKET_NAMES = ("stream", "weights", "ema_weights", "control")
+DATA_SOCKETS = ("stream", "weights", "ema_weights")
+SOCKET_NAMES = (*DATA_SOCKETS, "control")
 
 
 class RunDirectory:
@@ -69,6 +70,11 @@ class RunDirectory:
         here = Path.cwd()
         return str(self.root.relative_to(here) if self.root.is_relative_to(here) else self.root)
 
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return f"driftstream train --resume {self.shown}"
+
     def log(self, role: str) -> Path:
         """Log file of a role such as "actor-0"."""
         return self.logs / f"{role}.log"
@@ -80,8 +86,8 @@ class RunDirectory:
         draft.replace(self.config)
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[int]:
-        """Hold the run for this process and make its sockets' addresses.
+    def hold(self, tcp_host: str | None = None) -> Iterator[int]:
+        """Hold the run for this process and choose its sockets' addresses: files, or ports of `tcp_host`.
 
         Yields how many processes held it before: random streams of a resumed run must not repeat. The lock
         goes with the process, however it ends.
@@ -94,30 +100,34 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = json.load(lock)["pid"]
-                allowed = f"a run that is not being trained already (process {holder} holds it)"
+                allowed = f"a run that nobody trains at present (it is held: {lock.read()})"
                 raise ConfigError("run", str(self.root), allowed) from None
             text = lock.read()
             held_before = json.loads(text)["held"] if text else 0
             lock.seek(0)
+            lock.write(json.dumps({"pid": os.getpid(), "held": held_before + 1}))
             lock.truncate()
-            json.dump({"pid": os.getpid(), "held": held_before + 1}, lock)
             lock.flush()
-            folder = self._make_sockets()
+            folder = self._make_sockets(tcp_host)
             try:
                 yield held_before
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(self.sockets, ignore_errors=True)
 
-    def _make_sockets(self) -> Path:
+    def _make_sockets(self, tcp_host: str | None) -> Path:
         # Left over when a supervisor was killed; nobody listens there, as the lock was free.
         shutil.rmtree(self.sockets, ignore_errors=True)
         self.sockets.mkdir(mode=0o700)
         folder = self.sockets
-        if max(len(os.fsencode(folder / f"{name}.ipc")) for name in SOCKET_NAMES) > IPC_PATH_BYTES:
+        if max(len(os.fsencode(folder / f"{name}.ipc")) for name in SOCKET_NAMES) > MAX_IPC_PATH_BYTES:
             folder = Path(tempfile.mkdtemp(prefix="driftstream-"))
         addresses = {name: f"ipc://{folder / name}.ipc" for name in SOCKET_NAMES}
+        if tcp_host is not None:
+            ports = free_ports(tcp_host, len(DATA_SOCKETS))
+            addresses |= {
+                name: f"tcp://{tcp_host}:{port}" for name, port in zip(DATA_SOCKETS, ports, strict=True)
+            }
         (self.sockets / "addresses.json").write_text(json.dumps(addresses, indent=2))
         return folder
 
@@ -133,3 +143,10 @@ def default_root(target: str, method: str, now: datetime | None = None) -> Path:
     root = Path("runs") / "-".join([*words, stamp])
     tries = (root, *(root.with_name(f"{root.name}-{n}") for n in range(2, 1000)))
     return next(path for path in tries if not path.exists())
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """TCP ports that nobody listens on at present."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]

@@ -44,18 +44,21 @@ class Supervisor:
     """Runs the roles of one run.
 
     A role that dies or falls silent is started again within a budget, except for the learner: its death ends
-    the run, which can be resumed. `role_function` is what each process runs (see `worker_main`).
+    the run, which can be resumed. The caller holds the run directory; `launch` counts those who held it before.
+    `role_function` is what each process runs (see `worker_main`).
     """
 
     def __init__(
         self,
         config: RunConfig,
         run: RunDirectory,
+        launch: int,
         context: ForkServerContext,
         progress: Progress,
         role_function: str = ROLE_FUNCTION,
     ) -> None:
         self.config, self.run_directory, self.progress = config, run, progress
+        self._launch = launch
         self.final: dict[str, float] = {}
         """Metrics of the final evaluation."""
         self.cause = ""
@@ -71,16 +74,13 @@ class Supervisor:
     def run(self) -> int:
         """Train to the end; returns the exit code: 0 done, 1 failed, 130 interrupted (`cause` says why).
 
-        No process of the run is left when this returns or raises.
-
-        Raises:
-            ConfigError: another process holds the run directory.
+        No process of a role is left when this returns or raises.
         """
         setproctitle.setproctitle(f"driftstream supervisor {self.run_directory.root}")
-        with self.run_directory.hold() as earlier_launches, self._handle_signals():
-            self._control = ControlServer(self.run_directory.addresses()["control"])
-            self._monitor = Monitor(self.run_directory.root, self.config.monitor, as_dict(self.config))
-            self._roles = {role.name: role for role in self._make_roles(earlier_launches)}
+        self._control = ControlServer(self.run_directory.addresses()["control"])
+        self._monitor = Monitor(self.run_directory.root, self.config.monitor, as_dict(self.config))
+        self._roles = {role.name: role for role in self._make_roles()}
+        with self._handle_signals():
             try:
                 self._supervise()
             except KeyboardInterrupt:
@@ -91,7 +91,7 @@ class Supervisor:
                 self._monitor.close(self._monitor_patience_s())
         return self._exit_code
 
-    def _make_roles(self, launch: int) -> Iterator[RoleProcess]:
+    def _make_roles(self) -> Iterator[RoleProcess]:
         stream = self.config.data == "stream"
         counts = {
             "learner": 1,
@@ -108,7 +108,7 @@ class Supervisor:
                     context=self._context,
                     seed=self.config.seed,
                     restarts=self.config.supervisor.max_restarts,
-                    launch=launch,
+                    launch=self._launch,
                     role_function=self._role_function,
                 )
 
@@ -126,7 +126,10 @@ class Supervisor:
             if self._signals and self._phase is not Phase.STOPPING:
                 step = int(self._position["step"])
                 self.progress.event("interrupted: saving and stopping (again to kill)", "yellow")
-                self._stop(INTERRUPTED, f"interrupted at step {step:,}; resume with: {self.resume_command}")
+                self._stop(
+                    INTERRUPTED,
+                    f"interrupted at step {step:,}; resume with: {self.run_directory.resume_command}",
+                )
             self.progress.tick()
 
     def _wait(self) -> None:
@@ -214,7 +217,7 @@ class Supervisor:
 
     def _on_learner_end(self, learner: RoleProcess, code: int, cause: str) -> None:
         if self._phase is Phase.TRAINING:
-            self._fail(learner, f"{cause}; resume with: {self.resume_command}")
+            self._fail(learner, f"{cause}; resume with: {self.run_directory.resume_command}")
             return
         if code:
             self.progress.event(cause, "yellow")
@@ -280,11 +283,6 @@ class Supervisor:
         if self._stopping_since is None:
             return MONITOR_CLOSE_S
         return max(1.0, self._stopping_since + STOPPING_S - time.monotonic())
-
-    @property
-    def resume_command(self) -> str:
-        """What to type to go on with this run."""
-        return f"driftstream train --resume {self.run_directory.shown}"
 
     @contextmanager
     def _handle_signals(self) -> Iterator[None]:

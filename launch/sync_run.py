@@ -23,7 +23,7 @@ def train_sync(
     config: RunConfig,
     run_dir: Path,
     monitor: Monitor,
-    progress: Callable[[dict[str, float]], None],
+    show: Callable[[dict[str, float]], None],
     event: Callable[[str], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
@@ -48,18 +48,18 @@ def train_sync(
     evaluated_at = time.monotonic()
 
     def report(
-        metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress_made: float
+        metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float
     ) -> None:
         nonlocal evaluated_at
         monitor.log(metrics, step, wall_s, energy_evaluations)
-        progress({**metrics, "step": step, "progress": progress_made})
+        show({**metrics, "step": step, "progress": progress})
         now = time.monotonic()
         if now - evaluated_at >= config.eval.every_s:
             evaluator.load(learner.average.tensors)
             results = evaluator.evaluate().metrics
             results["eval/energy_evaluations"] = energy_evaluations
             monitor.log(results, step, wall_s, energy_evaluations)
-            progress(results)
+            show(results)
             evaluated_at = time.monotonic()
 
     loop = TrainingLoop(

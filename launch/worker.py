@@ -37,7 +37,7 @@ def worker_main(run_root: str, role: str, index: int, epoch: int, seed: int, rol
     Exit code 0 is an ordinary end, 1 a failure, 3 a failure that a new process would meet again.
     """
     name, run = role_name(role, index), RunDirectory(Path(run_root))
-    # The supervisor tells roles when to stop; a closed terminal or a Ctrl-C in it is the supervisor's affair.
+    # The supervisor tells roles when to stop; a Ctrl-C in the terminal, or its end, is the supervisor's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _write_to(run.log(name))

@@ -22,7 +22,7 @@ class Report(Protocol):
     """Where the loop's figures go: the control channel, or the monitor of this process."""
 
     def __call__(
-        self, metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float
+        self, metrics: dict[str, float], /, step: int, wall_s: float, energy_evaluations: int, progress: float
     ) -> None: ...
 
 

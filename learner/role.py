@@ -38,9 +38,7 @@ def run_learner(
         for error in damaged:
             control.report("event", {"text": f"learner: checkpoint skipped, {error}"})
 
-    def report(
-        metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float
-    ) -> None:
+    def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
         context.report_metrics(metrics, step=step, wall_s=wall_s, energy_evaluations=energy_evaluations)
         control.report("status", {"phase": "training", "step": step, "progress": progress})
         if checkpointer.error:

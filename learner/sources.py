@@ -69,9 +69,8 @@ class StreamSource:
 
     def fresh(self, timeout_s: float, step: int, progress: float) -> FreshBatch | None:
         """See `DataSource`. In lock-step the next batch is asked for here, with the weights of this step."""
-        for message in self._held:
-            self._server.release(message, self._publisher.publish())
-        self._held.clear()
+        while self._held:
+            self._server.release(self._held.pop(), self._publisher.publish())
         message = self._server.take(timeout_s)
         if message is None:
             return None
@@ -143,7 +142,8 @@ class LocalSource:
     def __init__(self, actors: list[ExplorationActor], refiners: list[Refiner]) -> None:
         self._actors = actors
         self._refiners = refiners
-        self._meters = [CallMeter(role.target) for role in (*actors, *refiners)]
+        targets = [actor.target for actor in actors] + [refiner.target for refiner in refiners]
+        self._meters = [CallMeter(target) for target in targets]
         self._turn = 0
         self._cycle = 0
         self._refined: list[tuple[Tensor, Tensor]] = []

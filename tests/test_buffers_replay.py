@@ -112,8 +112,7 @@ def test_draws_survive_a_checkpoint_bitwise(tmp_path: Path, prioritization: str,
         for a, b in zip(replay.sample(30), restored.sample(30), strict=True):
             assert torch.equal(a, b)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(replay.state_dict().values(), restored.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(replay.state_dict().values(), restored.state_dict().values(), strict=True)
     )
 
 

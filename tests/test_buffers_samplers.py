@@ -41,9 +41,7 @@ def test_probabilities_rank_ties_in_order() -> None:
     np.testing.assert_allclose(probability, exact_probabilities(4, 0.5)[[2, 0, 1, 3]], rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("n", "k", "bound"), [(500, 0.01, 1e-3), (20_000, 0.01, 2e-7), (600_000, 0.01, 2e-10)]
-)
+@pytest.mark.parametrize(("n", "k", "bound"), [(500, 0.01, 1e-3), (20_000, 0.01, 2e-7), (600_000, 0.01, 2e-10)])
 def test_closed_form_total_variation(n: int, k: float, bound: float) -> None:
     """The share of u that each rank gets, from the edges of the cells, against the exact weights."""
     c, rank = k * n, np.arange(n)
@@ -56,9 +54,7 @@ def test_closed_form_total_variation(n: int, k: float, bound: float) -> None:
         np.testing.assert_array_equal(ranks_from_uniform(torch.from_numpy(inside), n, k), rank)
 
 
-@pytest.mark.parametrize(
-    ("n", "k"), [(1, 0.01), (2, 0.01), (40, 0.01), (40, 1.0), (499, 0.01), (700, 0.01), (50, 3.0)]
-)
+@pytest.mark.parametrize(("n", "k"), [(1, 0.01), (2, 0.01), (40, 0.01), (40, 1.0), (499, 0.01), (700, 0.01), (50, 3.0)])
 def test_equidistributed_u_gives_the_exact_distribution(n: int, k: float) -> None:
     points = 1_000_000
     u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
@@ -93,9 +89,7 @@ def test_draws_follow_the_rank_weights(n: int) -> None:
     values=st.integers(1, 8),
     seed=st.integers(0, 2**16),
 )
-def test_resorting_at_every_insert_is_a_full_sort(
-    capacity: int, sizes: list[int], values: int, seed: int
-) -> None:
+def test_resorting_at_every_insert_is_a_full_sort(capacity: int, sizes: list[int], values: int, seed: int) -> None:
     """First-in-first-out overwriting, ties (few distinct values) and N = 1 included."""
     generator = torch.Generator().manual_seed(seed)
     sampler = RankSampler(k=0.01, resort_every=1)
@@ -167,8 +161,7 @@ def test_dumps_and_loads(tmp_path: Path) -> None:
     restored = RankSampler()
     restored.loads(tmp_path)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(sampler.state_dict().values(), restored.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(sampler.state_dict().values(), restored.state_dict().values(), strict=True)
     )
 
 

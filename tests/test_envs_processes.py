@@ -14,7 +14,6 @@ from torch.distributions import Normal
 from driftstream.envs.errors import ConfigError
 from driftstream.envs.grids import GridConfig, make_grid, random_grid, uniform_grid
 from driftstream.envs.processes import BrownianProcess, ProcessConfig
-from driftstream.envs.targets import make_target
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 
@@ -44,14 +43,6 @@ def test_random_steps_are_at_most_tenfold_apart_and_newly_drawn() -> None:
     assert first.max() / first.min() <= 10.001
     assert first.max() / first.min() > 8
     torch.testing.assert_close(uniform_grid(4), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
-
-
-def test_open_configuration_takes_the_targets_suggestions() -> None:
-    target = make_target("gmm25")
-    assert GridConfig().resolve(target) == GridConfig("uniform", target.sampling_steps)
-    assert GridConfig(sampling_steps=9).resolve(target).sampling_steps == 9
-    assert ProcessConfig().build(target).diffusion_variance == 5.0
-    assert ProcessConfig(2.5).build(target).diffusion_variance == 2.5
 
 
 @pytest.mark.parametrize(

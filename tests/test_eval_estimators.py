@@ -77,6 +77,15 @@ def test_khat_finds_the_tail_of_pareto_weights(shape: float) -> None:
     assert khat(-shape * np.log(u)) == pytest.approx(shape, abs=0.06)
 
 
+def test_khat_warns_of_weights_beyond_the_range_of_floats() -> None:
+    """One weight holds all the mass: the case in which the fit, left to itself, would report the best of tails."""
+    noise = torch.randn(2_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shapes = [khat(scale * noise) for scale in (1.0, 10.0, 100.0, 1e3, 1e6)]
+    assert shapes == sorted(shapes)
+    assert shapes[0] < 0.7 < 3 < shapes[1]
+    assert khat(torch.cat([torch.tensor([1e3]), noise])) > 0.7
+
+
 def test_khat_is_nan_where_there_is_no_tail() -> None:
     generator = torch.Generator().manual_seed(0)
     assert math.isnan(khat(torch.zeros(100)))

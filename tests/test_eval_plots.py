@@ -47,6 +47,19 @@ def test_a_target_without_known_marginals_and_samples_outside(tmp_path: Path) ->
     assert three_panels.shape[1] == pytest.approx(3 * one_panel.shape[1], rel=0.01)
 
 
+def test_one_dimension(tmp_path: Path) -> None:
+    class Line(Target):
+        name = "line"
+        dim = 1
+
+        def log_reward(self, x: torch.Tensor) -> torch.Tensor:
+            return -x.square().sum(-1)
+
+    samples = 3 * torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
+    assert ink(plot_samples(Line(), samples, tmp_path / "line.png")) > 0.05
+    assert [path.name for path in tmp_path.iterdir()] == ["line.png"]
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (5,)])
 def test_sample_shapes_are_checked(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="samples has shape"):
@@ -86,9 +99,7 @@ def test_training_curves(tmp_path: Path) -> None:
 
 
 def test_panels_without_data_are_left_out(tmp_path: Path) -> None:
-    loss = write_metrics(
-        tmp_path / "loss.jsonl", [{"step": 1, "train/loss": -2.0}, {"step": 2, "train/loss": 3.0}]
-    )
+    loss = write_metrics(tmp_path / "loss.jsonl", [{"step": 1, "train/loss": -2.0}, {"step": 2, "train/loss": 3.0}])
     both = write_metrics(tmp_path / "both.jsonl", [{"step": 0, "train/loss": 1.0, "eval/ess": 0.1}])
     one, two = (plot_training_curves(path, path.with_suffix(".png")) for path in (loss, both))
     assert one is not None
@@ -96,9 +107,7 @@ def test_panels_without_data_are_left_out(tmp_path: Path) -> None:
     assert imread(two).shape[1] == 2 * imread(one).shape[1]
 
 
-@pytest.mark.parametrize(
-    "content", ["", '{"step": 0, "stream/queue_depth": 1}\n', '{"step": 0, "eval/w2": null}\n']
-)
+@pytest.mark.parametrize("content", ["", '{"step": 0, "stream/queue_depth": 1}\n', '{"step": 0, "eval/w2": null}\n'])
 def test_nothing_to_draw_yet(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(content)
     assert plot_training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png") is None
