@@ -95,7 +95,7 @@ def final_evaluation(evaluator: Evaluator, run_dir: Path) -> tuple[dict[str, flo
     partial.rename(run_dir / "results.json")
     images = {"plots/samples": str(draw_samples(evaluator, evaluation.samples, run_dir))}
     if (run_dir / "metrics.jsonl").exists():
-        curves = plot_training_curves(run_dir / "metrics.jsonl", run_dir / "plots" / "training.png")
+        curves = plot_training_curves(run_dir / "metrics.jsonl", run_dir / "plots" / "training.png", last=results)
         images["plots/training"] = str(curves)
     return results, images
 

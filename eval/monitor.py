@@ -59,10 +59,12 @@ def resolve_mode(mode: WandbMode) -> ResolvedMode:
     wanted = os.environ.get("WANDB_MODE")
     if wanted in get_args(ResolvedMode):
         return cast(ResolvedMode, wanted)
-    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
+    return "online" if _has_key() else "offline"
 
 
-def _netrc_has_key() -> bool:
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     path = os.environ.get("NETRC", str(Path.home() / ".netrc"))
     try:
@@ -186,6 +188,9 @@ class _WandbThread:
     def _start(self) -> Any:
         import wandb
 
+        if self._mode == "online" and not _has_key():
+            # wandb would ask for it on the terminal that shows the run's progress.
+            raise RuntimeError("no API key: run `wandb login`, or set WANDB_API_KEY")
         self._service = _service_process(wandb.setup())
         config = self._config
         run = wandb.init(

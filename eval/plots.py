@@ -5,7 +5,7 @@ Built on `Figure` objects without pyplot: nothing global is touched, and any pro
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,11 +23,11 @@ from driftstream.envs.targets_funnel import Funnel
 
 _BLUE, _RED, _GREEN = "#3b6ea5", "#d1495b", "#2e8b57"
 _ORANGE, _PURPLE, _GREY = "#e8871e", "#7d5ba6", "#555555"
-"#555555"
 
 _GRID = 200  # points a side
 _DEPTH = 8.0  # nats below the highest point that the contours reach
 _MAX_SAMPLES = 2000  # more make a blot
+_MARKED = 25  # points of a curve up to which each gets a mark
 
 
 def plot_samples(target: Target, samples: Tensor, path: Path) -> Path:
@@ -173,13 +173,16 @@ _PANELS = (
 )
 
 
-def plot_training_curves(metrics_path: Path, path: Path) -> Path | None:
+def plot_training_curves(
+    metrics_path: Path, path: Path, last: Mapping[str, float] | None = None
+) -> Path | None:
     """Draws a run's `metrics.jsonl` over learner steps, in panels; those without data are left out.
 
     Panels: log Z and its bounds, loss, effective sample size, W2 and its floor, mode coverage, throughput.
-    Writes a PNG at `path` and returns it, or None when there is nothing to draw yet.
+    `last` is one more row, not yet in the file. Writes a PNG at `path` and returns it, or None when there is nothing
+    to draw yet.
     """
-    rows = _read_rows(metrics_path)
+    rows = _read_rows(metrics_path, last)
     names = sorted({name for row in rows for name in row})
     panels = [p for p in _PANELS if any(fnmatchcase(n, line.metric) for line in p.lines for n in names)]
     if not panels:
@@ -195,10 +198,11 @@ def plot_training_curves(metrics_path: Path, path: Path) -> Path | None:
     return _save(figure, path)
 
 
-def _read_rows(metrics_path: Path) -> list[dict[str, Any]]:
+def _read_rows(metrics_path: Path, last: Mapping[str, float] | None) -> list[dict[str, Any]]:
     # While the run goes on, the last line may be half written.
     lines = [line for line in metrics_path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    rows = [{name: value for name, value in json.loads(line).items() if value is not None} for line in lines]
+    parsed = [json.loads(line) for line in lines] + ([dict(last)] if last else [])
+    rows = [{name: value for name, value in row.items() if value is not None} for row in parsed]
     for row in rows:
         if "eval/delta_log_z" in row and "eval/log_z_lower_bound" in row:
             row[_LOG_Z_TRUE] = row["eval/log_z_lower_bound"] + row["eval/delta_log_z"]
@@ -240,7 +244,9 @@ def _draw_line(axes: Axes, line: _Line, points: np.ndarray, label: str) -> None:
         return
     window = len(value) // 50
     if window < 5:
-        axes.plot(step, value, color=line.color, linewidth=1.4, label=label)
+        # Evaluations are few: marks show each, and one alone would be no line at all.
+        marker = "o" if len(value) < _MARKED else None
+        axes.plot(step, value, color=line.color, linewidth=1.4, marker=marker, markersize=3, label=label)
         return
     # A long noisy series: all of it faintly, and its running mean.
     axes.plot(step, value, color=line.color, linewidth=0.5, alpha=0.25)

@@ -3,16 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-from driftstream.envs.errors import ConfigError, TargetError
 from driftstream.launch.flags import (
-    CommandError,
     EvalFlags,
     ListFlags,
     SampleFlags,
-    TrainFlags,
     UsageError,
+    answer,
     parse,
-    split_config_flags,
     suggestion,
 )
 
@@ -39,43 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if command else 2
     prog = f"driftstream {command}" if command in COMMANDS else "driftstream"
-    try:
-        return _run(command, rest, prog)
-    except (UsageError, ConfigError) as error:
-        return _complain(prog, error, 2)
-    except (CommandError, TargetError, OSError) as error:
-        return _complain("driftstream", error, 1)
-    except KeyboardInterrupt:
-        return _complain("driftstream", "interrupted", 130)
+    return answer(prog, lambda: _run(command, rest, prog))
 
 
 def _run(command: str, arguments: list[str], prog: str) -> int:
-    # Flags are parsed before `commands` is imported, and torch with it.
     if command == "train":
-        own, config = split_config_flags(arguments)
-        train_flags = parse(TrainFlags, own, prog)
         from driftstream.launch import train
 
-        return train.run(train_flags, config, prog)
+        return train.run(arguments, prog)
+    # Flags are parsed before `commands` is imported, and torch with it: a mistyped flag is answered at once.
     if command == "sample":
-        sample_flags = parse(SampleFlags, arguments, prog)
+        sample = parse(SampleFlags, arguments, prog)
         from driftstream.launch import commands
 
-        return commands.sample(sample_flags)
+        return commands.sample(sample)
     if command == "eval":
-        eval_flags = parse(EvalFlags, arguments, prog)
+        evaluate = parse(EvalFlags, arguments, prog)
         from driftstream.launch import commands
 
-        return commands.evaluate(eval_flags)
+        return commands.evaluate(evaluate)
     if command == "list":
-        list_flags = parse(ListFlags, arguments, prog)
+        what = parse(ListFlags, arguments, prog)
         from driftstream.launch import commands
 
-        return commands.show_list(list_flags)
+        return commands.show_list(what)
     close = suggestion(command, COMMANDS)
     raise UsageError(f"unknown command {command!r}{close} (commands: {', '.join(COMMANDS)})")
-
-
-def _complain(prog: str, error: object, code: int) -> int:
-    print(f"{prog}: {error}", file=sys.stderr)
-    return code

@@ -49,10 +49,7 @@ def draw(evaluator: Evaluator, n: int, batch_size: int, seed: int) -> dict[str, 
         log_weight = log_reward.double() + log_pb.double().sum(-1) - log_pf.double().sum(-1)
         batches.append((states[:, -1].clone(), log_reward, log_weight))
     names = ("samples", "log_reward", "log_weight")
-    return {
-        name: torch.cat(parts).cpu().numpy()
-        for name, parts in zip(names, zip(*batches, strict=True), strict=True)
-    }
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in zip(names, zip(*batches, strict=True), strict=True)}
 
 
 def evaluate(flags: EvalFlags) -> int:

@@ -7,13 +7,16 @@ import contextlib
 import difflib
 import io
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from driftstream.envs.errors import ConfigError, TargetError
 
 Flags = TypeVar("Flags")
 Optional = arg(help_behavior_hint="")
@@ -137,9 +140,7 @@ def parse(kind: type[Flags], arguments: Sequence[str], prog: str) -> Flags:
     return flags
 
 
-def parse_known(
-    kind: type[Flags], arguments: Sequence[str], prog: str, **options: Any
-) -> tuple[Flags, list[str]]:
+def parse_known(kind: type[Flags], arguments: Sequence[str], prog: str, **options: Any) -> tuple[Flags, list[str]]:
     """Fill a dataclass from flags; returns it with the arguments that have no place in it.
 
     `options` are those of `tyro.cli`. Raises UsageError for a value that does not fit.
@@ -171,9 +172,7 @@ def first_sentence(box: str) -> str:
     text = " ".join(lines[:end]).removeprefix("Error parsing ")
     text = re.sub(r"^[\w.]+: ", "", text)
     text = text.replace("'None', ", "").replace("{None}|", "")
-    text = re.sub(
-        r"no type matching (\S+) could be instantiated from \[(.*)\]\.?", r"expected \1, not \2", text
-    )
+    text = re.sub(r"no type matching (\S+) could be instantiated from \[(.*)\]\.?", r"expected \1, not \2", text)
     return text or "this command line makes no sense"
 
 
@@ -187,6 +186,24 @@ def flag_names(kind: type, prefix: str = "--") -> list[str]:
         else:
             names.append(flag)
     return names
+
+
+def answer(prog: str, action: Callable[[], int]) -> int:
+    """Run `action`; what goes wrong with it becomes one line on stderr and an exit code."""
+    try:
+        return action()
+    except (UsageError, ConfigError) as error:
+        return complain(prog, error, 2)
+    except (CommandError, TargetError, OSError) as error:
+        return complain("driftstream", error, 1)
+    except KeyboardInterrupt:
+        return complain("driftstream", "interrupted", 130)
+
+
+def complain(prog: str, error: object, code: int) -> int:
+    """Print one line on stderr; returns the exit code."""
+    print(f"{prog}: {error}", file=sys.stderr)
+    return code
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

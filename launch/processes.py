@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,37 @@ def fork_server(preload: Sequence[str]) -> Iterator[ForkServerContext]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    # Inherited by every child: a Ctrl-C reaches the whole process group, and the supervisor alone acts on it.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with _inherited_settings():
         forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, previous)
     try:
         yield context
     finally:
-        # The standard library ends it some time after this process, and waits for its imports first.
+        # The standard library leaves both to end some time after this process, and after their imports.
         server: Any = forkserver._forkserver
         if server._forkserver_pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(server._forkserver_pid, signal.SIGKILL)
             server._stop()
+        tracker: Any = resource_tracker._resource_tracker
+        tracker._stop()
+
+
+@contextlib.contextmanager
+def _inherited_settings() -> Iterator[None]:
+    """What the fork server and all its children shall start with."""
+    # A Ctrl-C reaches the whole process group, and the supervisor alone acts on it.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The resource tracker would speak last on the screen, about semaphores of roles that were killed.
+    warnings = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (warnings, "ignore:resource_tracker:UserWarning")))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if warnings is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = warnings
 
 
 class RoleProcess:

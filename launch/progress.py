@@ -135,13 +135,13 @@ def evaluation_rows(metrics: Mapping[str, float], brief: bool = False) -> list[t
         coverage = f"{{:.0f}} of {modes:.0f}"
     rows = [
         ("Δlog Z", "eval/delta_log_z", "{:.3f}", "true log Z − lower bound", True),
-        ("Δlog Z RW", "eval/delta_log_z_rw", "{:+.3f}", "true log Z − importance estimate", True),
+        ("Δlog Z RW", "eval/delta_log_z_rw", "{:+.3f}", "true log Z − importance one", True),
         ("log Z lower bound", "eval/log_z_lower_bound", "{:.3f}", "", "eval/delta_log_z" not in metrics),
         ("log Z importance", "eval/log_z_importance", "{:.3f}", "", "eval/delta_log_z" not in metrics),
         ("ELBO-EUBO gap", "eval/elbo_eubo_gap", "{:.3f}", "a missed mode widens it", False),
-        ("W2", "eval/w2", w2, "floor: between two exact sample sets", True),
+        ("W2", "eval/w2", w2, "floor: of two exact sample sets", True),
         ("ESS", "eval/ess", "{:.3f}", "fraction of the samples", True),
-        ("k-hat", "eval/khat", "{:.2f}", "above 0.7 the importance estimate is not to be trusted", False),
+        ("k-hat", "eval/khat", "{:.2f}", "above 0.7: do not trust RW", False),
         ("mode coverage", "eval/mode_coverage", coverage, "", True),
         ("energy calls", "eval/energy_evaluations", "{:,.0f}", "in training, all roles", False),
     ]

@@ -45,9 +45,7 @@ class RunDirectory:
             run.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             taken = any(run.root.iterdir())
         except OSError as error:
-            raise ConfigError(
-                "out", str(root), f"a directory that can be written ({error.strerror})"
-            ) from error
+            raise ConfigError("out", str(root), f"a directory that can be written ({error.strerror})") from error
         if taken:
             allowed = "a new or empty directory (continue a run with --resume, or choose another --out)"
             raise ConfigError("out", str(root), allowed)
@@ -125,9 +123,7 @@ class RunDirectory:
         addresses = {name: f"ipc://{folder / name}.ipc" for name in SOCKET_NAMES}
         if tcp_host is not None:
             ports = free_ports(tcp_host, len(DATA_SOCKETS))
-            addresses |= {
-                name: f"tcp://{tcp_host}:{port}" for name, port in zip(DATA_SOCKETS, ports, strict=True)
-            }
+            addresses |= {name: f"tcp://{tcp_host}:{port}" for name, port in zip(DATA_SOCKETS, ports, strict=True)}
         (self.sockets / "addresses.json").write_text(json.dumps(addresses, indent=2))
         return folder
 

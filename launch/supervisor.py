@@ -15,7 +15,7 @@ import zmq
 
 from driftstream.buffers.control import ControlServer, Report
 from driftstream.eval.monitor import Monitor
-from driftstream.launch.config import RunConfig, as_dict
+from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import RoleProcess, tail
 from driftstream.launch.progress import Progress
 from driftstream.launch.run_directory import RunDirectory
@@ -50,14 +50,14 @@ class Supervisor:
 
     def __init__(
         self,
-        config: RunConfig,
+        plan: RunPlan,
         run: RunDirectory,
         launch: int,
         context: ForkServerContext,
         progress: Progress,
         role_function: str = ROLE_FUNCTION,
     ) -> None:
-        self.config, self.run_directory, self.progress = config, run, progress
+        self.plan, self.run_directory, self.progress = plan, run, progress
         self._launch = launch
         self.final: dict[str, float] = {}
         """Metrics of the final evaluation."""
@@ -78,7 +78,7 @@ class Supervisor:
         """
         setproctitle.setproctitle(f"driftstream supervisor {self.run_directory.root}")
         self._control = ControlServer(self.run_directory.addresses()["control"])
-        self._monitor = Monitor(self.run_directory.root, self.config.monitor, as_dict(self.config))
+        self._monitor = Monitor(self.run_directory.root, self.plan.monitor, self.plan.resolved)
         self._roles = {role.name: role for role in self._make_roles()}
         with self._handle_signals():
             try:
@@ -92,11 +92,10 @@ class Supervisor:
         return self._exit_code
 
     def _make_roles(self) -> Iterator[RoleProcess]:
-        stream = self.config.data == "stream"
         counts = {
             "learner": 1,
-            "actor": self.config.actor.count if stream else 0,
-            "refiner": self.config.refiner.count if stream else 0,
+            "actor": self.plan.actors,
+            "refiner": self.plan.refiners,
             "evaluator": 1,
         }
         for role, count in counts.items():
@@ -106,8 +105,8 @@ class Supervisor:
                     index,
                     run=self.run_directory,
                     context=self._context,
-                    seed=self.config.seed,
-                    restarts=self.config.supervisor.max_restarts,
+                    seed=self.plan.seed,
+                    restarts=self.plan.supervisor.max_restarts,
                     launch=self._launch,
                     role_function=self._role_function,
                 )
@@ -142,7 +141,7 @@ class Supervisor:
 
     def _check(self, role: RoleProcess, now: float) -> None:
         """Note a role's end, kill it where it is silent or late, and start it where that is due."""
-        settings = self.config.supervisor
+        settings = self.plan.supervisor
         if role.alive:
             if role.deadline is not None and now > role.deadline:
                 role.kill("did not stop in time")
@@ -228,7 +227,7 @@ class Supervisor:
             evaluator.restart_at = time.monotonic()
 
     def _restart(self, role: RoleProcess, cause: str, now: float) -> None:
-        settings = self.config.supervisor
+        settings = self.plan.supervisor
         if role.restarts_left == 0:
             peers = [peer for peer in self._roles.values() if peer.role == role.role and peer is not role]
             if role.command == "finish" or (role.role == "actor" and not any(peer.in_use for peer in peers)):
@@ -250,10 +249,10 @@ class Supervisor:
             return
         self._phase = Phase.FINISHING
         self.progress.event(f"training finished (limit: {limit}); evaluating the last checkpoint")
-        self._roles["learner"].deadline = time.monotonic() + self.config.supervisor.drain_s
+        self._roles["learner"].deadline = time.monotonic() + self.plan.supervisor.drain_s
         for role in self._roles.values():
             if role.role in ("actor", "refiner"):
-                self._order(role, "stop", self.config.supervisor.drain_s)
+                self._order(role, "stop", self.plan.supervisor.drain_s)
 
     def _fail(self, role: RoleProcess, cause: str) -> None:
         for line in tail(role.log, 8):
@@ -267,7 +266,7 @@ class Supervisor:
         self._phase, self._exit_code, self.cause = Phase.STOPPING, exit_code, cause
         self._stopping_since = time.monotonic()
         for role in self._roles.values():
-            self._order(role, "stop", min(self.config.supervisor.drain_s, STOPPING_S - 1.0))
+            self._order(role, "stop", min(self.plan.supervisor.drain_s, STOPPING_S - 1.0))
 
     def _order(self, role: RoleProcess, command: str, within_s: float) -> None:
         role.command, role.deadline, role.restart_at = command, time.monotonic() + within_s, None
@@ -292,9 +291,7 @@ class Supervisor:
                 raise KeyboardInterrupt
 
         # One that is ignored (nohup) stays so.
-        handled = [
-            s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN
-        ]
+        handled = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
         previous = {number: signal.signal(number, handle) for number in handled}
         try:
             yield

@@ -1,166 +1,166 @@
-"""`driftstream train`: from flags to a configuration, and from that to a run and its results."""
+"""`driftstream train`: from a command line to a run, and to its results.
+
+This process stays light. It imports nothing that the roles need (torch and torchrl take seconds): a child of the
+fork server, which has them, turns the command line into a configuration and hands it back as TOML.
+"""
 
 import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
 
-from driftstream.launch.flags import TrainFlags, UsageError, parse_known, refuse
+from driftstream.launch.flags import TrainFlags, UsageError, answer, complain, parse, split_config_flags
+from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import fork_server
 from driftstream.launch.progress import Progress, results_table
 from driftstream.launch.run_directory import RunDirectory, default_root
 
-if TYPE_CHECKING:
-    from driftstream.launch.config import RunConfig
-
-LIMITS = ("steps", "minutes", "energy_budget")
+INTERRUPTED = 130
+PRELOAD = ("driftstream.launch.configure", "driftstream.launch.roles")
 
 
-def run(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> int:
+def run(arguments: list[str], prog: str) -> int:
     """Train, or show what would be trained; returns the exit code."""
-    if flags.resume is None and flags.target is None and not config_flags and not flags.help_all:
-        raise UsageError("name a target, such as gmm25 (`driftstream list targets` shows them all)")
-    if flags.resume is not None and flags.out is not None:
-        raise UsageError("--out and --resume exclude each other: a run stays where it is")
+    flags, config_flags = read_flags(arguments, prog)
+    if flags.sync or flags.dry_run or flags.help_all:
+        return _run_here(flags, config_flags, prog)
+    with fork_server(PRELOAD) as context:
+        toml, code = _configure_in_child(context, arguments, prog)
+        if toml is None:
+            return code
+        plan = RunPlan.from_toml(toml)
+        if plan.sync:
+            return _run_here(flags, config_flags, prog)
+
+        from driftstream.launch.supervisor import Supervisor
+
+        def supervise(run: RunDirectory, launch: int, progress: Progress) -> tuple[int, str, dict[str, float]]:
+            supervisor = Supervisor(plan, run, launch, context, progress)
+            return supervisor.run(), supervisor.cause, supervisor.final
+
+        return _train(plan, toml, flags, supervise)
+
+
+def read_flags(arguments: list[str], prog: str) -> tuple[TrainFlags, list[str]]:
+    """The command's flags, and those of the configuration's fields; UsageError for what makes no sense."""
+    own, config_flags = split_config_flags(arguments)
+    flags = parse(TrainFlags, own, prog)
     if flags.resume is not None:
         RunDirectory.open(flags.resume)
-    if flags.dry_run or flags.help_all or flags.sync:
-        config = configure(flags, config_flags, prog)
-        if flags.dry_run:
-            from driftstream.launch.dry_run import show_plan
-
-            return show_plan(config, flags.resume or _root(flags, config))
-        return _train(config, flags, None)
-    # The roles' imports take seconds, and so do those of this process: side by side.
-    with fork_server(["driftstream.launch.roles"]) as context:
-        config = configure(flags, config_flags, prog)
-        return _train(config, flags, None if config.sync else context)
-
-
-def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> "RunConfig":
-    """The resolved configuration: a method's or a resumed run's, then --component.field, then short flags.
-
-    Raises:
-        UsageError: a flag that does not exist or whose value does not fit.
-        ConfigError: values that cannot work.
-    """
-    from driftstream.launch.config import RunConfig, from_dict, from_toml, resolve
-    from driftstream.launch.methods import load_method
-    from driftstream.learner.limits import LimitsConfig
-
-    resumed = None if flags.resume is None else from_toml(RunDirectory.open(flags.resume).config)
-    base = resumed or load_method(flags.method).config
-    limits = {name: getattr(flags, name) for name in LIMITS if getattr(flags, name) is not None}
-    if limits or any(flag.startswith("--limits.") for flag in config_flags):
-        base = replace(base, limits=LimitsConfig())
-    arguments = ["--help"] if flags.help_all else config_flags
-    config, unknown = parse_known(RunConfig, arguments, prog, default=base)
-    target = flags.target
-    if target is None and len(unknown) == 1 and not unknown[0].startswith("-"):
-        # It stood after a flag of the configuration.
-        target = unknown.pop()
-    refuse(unknown, RunConfig)
-    if resumed is not None and target not in (None, resumed.target):
-        raise UsageError(f"the run in {flags.resume} has target {resumed.target}, not {target}")
-    if resumed is None and target is None:
+        if flags.out is not None:
+            raise UsageError("--out and --resume exclude each other: a run stays where it is")
+    elif flags.target is None and not config_flags and not flags.help_all:
         raise UsageError("name a target, such as gmm25 (`driftstream list targets` shows them all)")
-
-    given = {
-        "target": target and _absolute(target),
-        "target_options": flags.target_options or None,
-        "seed": flags.seed,
-        "device": flags.device,
-        "sync": flags.sync or None,
-        "actor": {"count": flags.actors},
-        "refiner": {"count": flags.refiners},
-        "grid": {"sampling_steps": flags.sampling_steps},
-        "monitor": {"wandb": flags.wandb},
-        "limits": limits,
-    }
-    config = from_dict(config, _without_none(given))
-    return resolve(config)
+    return flags, config_flags
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    plain = {name: _without_none(value) if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: value for name, value in plain.items() if value is not None}
+def _configure_in_child(context: ForkServerContext, arguments: list[str], prog: str) -> tuple[str | None, int]:
+    """The resolved configuration, or None and an exit code if there is none (the child has said why)."""
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_configure, args=(sender, arguments, prog), name="configure")
+    try:
+        child.start()
+        sender.close()
+        with contextlib.suppress(EOFError):
+            return receiver.recv_bytes().decode(), 0
+        child.join()
+        return None, child.exitcode or 1
+    finally:
+        if child.pid is not None:
+            child.kill()
+            child.join()
 
 
-def _absolute(target: str) -> str:
-    """A target in a file keeps its meaning when the run is resumed from elsewhere."""
-    path, colon, attribute = target.rpartition(":")
-    return f"{Path(path).resolve()}:{attribute}" if colon and path.endswith(".py") else target
-
-
-def _root(flags: TrainFlags, config: "RunConfig") -> Path:
-    return flags.out or default_root(config.target, config.method)
-
-
-def _train(config: "RunConfig", flags: TrainFlags, context: ForkServerContext | None) -> int:
+def _configure(reply: Connection, arguments: list[str], prog: str) -> None:
     from driftstream.launch.config import to_toml
+    from driftstream.launch.configure import configure
 
-    run = RunDirectory.open(flags.resume) if flags.resume else RunDirectory.create(_root(flags, config))
-    tcp_host = config.stream.host if config.stream.transport == "tcp" else None
-    with run.hold(tcp_host) as launch:
-        run.write_config(to_toml(config))
-        progress = Progress(f"{config.target} · {config.method} · {run.shown}")
-        progress.event(f"run directory: {run.shown}")
+    def send() -> int:
+        reply.send_bytes(to_toml(configure(*read_flags(arguments, prog), prog)).encode())
+        return 0
+
+    sys.exit(answer(prog, send))
+
+
+Train = Callable[[RunDirectory, int, Progress], tuple[int, str, dict[str, float]]]
+"""(run, launches before this one, progress) -> (exit code, its cause, final evaluation)."""
+
+
+def _train(plan: RunPlan, toml: str, flags: TrainFlags, train: Train) -> int:
+    """Make or open the run directory, hold it, train, and show the results."""
+    if flags.resume is not None:
+        run = RunDirectory.open(flags.resume)
+    else:
+        run = RunDirectory.create(flags.out or default_root(plan.target, plan.method))
+    with run.hold(plan.tcp_host) as launch:
+        run.write_config(toml)
+        progress = Progress(f"{plan.target} · {plan.method} · {run.shown}")
         with contextlib.closing(progress), _warnings_to(progress):
-            if context is None:
-                final = _train_here(config, run, progress) or {}
-                code, cause = (0, "") if final else (130, f"interrupted; resume with: {run.resume_command}")
-            else:
-                from driftstream.launch.supervisor import Supervisor
-
-                supervisor = Supervisor(config, run, launch, context, progress)
-                code, cause, final = supervisor.run(), supervisor.cause, supervisor.final
+            progress.event(f"run directory: {run.shown}")
+            code, cause, final = train(run, launch, progress)
     if final:
-        progress.console.print(results_table(f"{config.target}, {config.method}", final))
+        progress.console.print(results_table(f"{plan.target}, {plan.method}", final))
         _show_what_is_next(run, progress)
-    if code:
-        print(f"driftstream: {cause}", file=sys.stderr)
-    return code
+    return complain("driftstream", cause, code) if code else 0
 
 
-def _train_here(config: "RunConfig", run: RunDirectory, progress: Progress) -> dict[str, float] | None:
-    """`--sync`: all roles in this process; None if it was interrupted."""
+def _run_here(flags: TrainFlags, config_flags: list[str], prog: str) -> int:
+    """What happens in this process: `--sync`, `--dry-run` and `--help-all`."""
     from driftstream.eval.monitor import Monitor
-    from driftstream.launch.config import as_dict
+    from driftstream.launch.config import to_toml
+    from driftstream.launch.configure import configure
+    from driftstream.launch.dry_run import show_plan
     from driftstream.launch.sync_run import train_sync
 
-    interrupts = 0
+    config = configure(flags, config_flags, prog)
+    if flags.dry_run:
+        return show_plan(config, flags.resume or flags.out or default_root(config.target, config.method))
+    toml = to_toml(config)
+    plan = RunPlan.from_toml(toml)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += 1
-        if interrupts > 1:
+    def train(run: RunDirectory, launch: int, progress: Progress) -> tuple[int, str, dict[str, float]]:
+        def show(metrics: dict[str, float]) -> None:
+            if "progress" in metrics:
+                progress.status("training", int(metrics["step"]), metrics["progress"])
+            progress.update({name: value for name, value in metrics.items() if "/" in name})
+            progress.tick()
+
+        monitor = Monitor(run.root, plan.monitor, plan.resolved)
+        with contextlib.closing(monitor), _counted_interrupts() as interrupts:
+            final = train_sync(config, run.root, monitor, show, progress.event, lambda: bool(interrupts))
+        if final is None:
+            return INTERRUPTED, f"interrupted; resume with: {run.resume_command}", {}
+        return 0, "", final
+
+    return _train(plan, toml, flags, train)
+
+
+@contextlib.contextmanager
+def _counted_interrupts() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM in a list; the second raises KeyboardInterrupt."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
             raise KeyboardInterrupt
 
-    def show(metrics: dict[str, float]) -> None:
-        if "progress" in metrics:
-            progress.status("training", int(metrics["step"]), metrics["progress"])
-        progress.update({name: value for name, value in metrics.items() if "/" in name})
-        progress.tick()
-
-    monitor = Monitor(run.root, config.monitor, as_dict(config))
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return train_sync(config, run.root, monitor, show, progress.event, lambda: interrupts > 0)
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        monitor.close(2.0 if interrupts else 10.0)
 
 
 @contextlib.contextmanager
 def _warnings_to(progress: Progress) -> Iterator[None]:
-    """Show what this process logs as events of the run."""
+    """Show what this process warns of as events of the run."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -175,10 +175,12 @@ def _warnings_to(progress: Progress) -> Iterator[None]:
 
 
 def _show_what_is_next(run: RunDirectory, progress: Progress) -> None:
-    show = progress.console.out
+    def show(name: str, text: Path | str) -> None:
+        progress.console.out(f"{name:<8} {text}")
+
     for plot in sorted(run.plots.glob("*.png")):
-        show(f"plot     {run.shown}/plots/{plot.name}")
-    show(f"metrics  {run.shown}/metrics.jsonl, {run.shown}/results.json")
-    show(f"draw     driftstream sample {run.shown} -n 10000 -o samples.npz")
-    show(f"check    driftstream eval {run.shown} --samples 10000")
-    show(f"longer   {run.resume_command} --minutes M (in all)")
+        show("plot", f"{run.shown}/plots/{plot.name}")
+    show("metrics", f"{run.shown}/metrics.jsonl, {run.shown}/results.json")
+    show("draw", f"driftstream sample {run.shown} -n 10000 -o samples.npz")
+    show("check", f"driftstream eval {run.shown} --samples 10000")
+    show("longer", f"{run.resume_command} --minutes M")

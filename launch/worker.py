@@ -18,6 +18,7 @@ from driftstream.launch.run_directory import RunDirectory
 ROLE_FUNCTION = "driftstream.launch.roles:run_role"
 FAILED, FAILED_FOR_GOOD = 1, 3
 """Exit codes of a role that may be started again, and of one that would only fail in the same way."""
+EXIT_S = 2.0
 EVALUATOR_NICE = 10
 """The evaluator gives way to the roles that train."""
 
@@ -30,7 +31,7 @@ def role_name(role: str, index: int) -> str:
 
 
 def worker_main(run_root: str, role: str, index: int, epoch: int, seed: int, role_function: str) -> None:
-    """Run one role in this process, from a bare process to its exit code; never returns.
+    """Run one role in this process, from a bare process to its exit code.
 
     Only strings and integers cross from the supervisor: the configuration comes from the run directory, the
     role's function from `role_function`, "module:name" or "file.py:name", called with (role, config, context).
@@ -47,10 +48,11 @@ def worker_main(run_root: str, role: str, index: int, epoch: int, seed: int, rol
     log.info("%s: process %d, epoch %d, seed %d", name, os.getpid(), epoch, seed)
     code = _run(run, role, index, epoch, seed, role_function)
     log.info("%s: exit code %d", name, code)
-    logging.shutdown()
-    sys.stdout.flush()
-    # Not sys.exit: a library's thread that does not end must not hold the process.
-    os._exit(code)
+    # A thread or an exit handler of a library must not hold the process.
+    deadline = threading.Timer(EXIT_S, os._exit, (code,))
+    deadline.daemon = True
+    deadline.start()
+    sys.exit(code)
 
 
 def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_function: str) -> int:

@@ -153,6 +153,12 @@ def check_run_goes_on(run_dir: Path, config: MonitorConfig, rows: int = 50, time
     assert [row["step"] for row in json_rows(run_dir)] == list(range(rows))
 
 
+def test_online_without_a_key_is_one_warning_and_no_question(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_run_goes_on(run_dir, MonitorConfig(wandb="online"))
+    assert "run `wandb login`" in caplog.text
+    assert services() == []
+
+
 def broken_init(**options: Any) -> None:
     raise RuntimeError("no W&B today")
 

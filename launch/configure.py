@@ -1,0 +1,64 @@
+"""From a `driftstream train` command line to a resolved configuration."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from driftstream.launch.config import RunConfig, from_dict, from_toml, resolve
+from driftstream.launch.flags import TrainFlags, UsageError, parse_known, refuse
+from driftstream.launch.methods import load_method
+from driftstream.launch.run_directory import RunDirectory
+from driftstream.learner.limits import LimitsConfig
+
+LIMITS = ("steps", "minutes", "energy_budget")
+
+
+def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunConfig:
+    """The resolved configuration: a method's or a resumed run's, then --component.field, then short flags.
+
+    Raises:
+        UsageError: a flag that does not exist or whose value does not fit.
+        ConfigError: values that cannot work.
+    """
+    resumed = None if flags.resume is None else from_toml(RunDirectory.open(flags.resume).config)
+    base = resumed or load_method(flags.method).config
+    limits = {name: getattr(flags, name) for name in LIMITS}
+    if any(limits.values()) or any(flag.startswith("--limits.") for flag in config_flags):
+        base = replace(base, limits=LimitsConfig())
+    arguments = ["--help"] if flags.help_all else config_flags
+    config, unknown = parse_known(RunConfig, arguments, prog, default=base)
+    target = flags.target
+    if target is None and len(unknown) == 1 and not unknown[0].startswith("-"):
+        # It stood after a flag of the configuration.
+        target = unknown.pop()
+    refuse(unknown, RunConfig)
+    if resumed is None and target is None:
+        raise UsageError("name a target (`driftstream list targets` shows them all)")
+    target = target and _absolute(target)
+    if resumed is not None and target not in (None, resumed.target):
+        raise UsageError(f"the run in {flags.resume} has target {resumed.target}, not {target}")
+    given = {
+        "target": target,
+        "target_options": flags.target_options or None,
+        "seed": flags.seed,
+        "device": flags.device,
+        "sync": flags.sync or None,
+        "actor": {"count": flags.actors},
+        "refiner": {"count": flags.refiners},
+        "grid": {"sampling_steps": flags.sampling_steps},
+        "monitor": {"wandb": flags.wandb},
+        "limits": limits,
+    }
+    return resolve(from_dict(config, _without_none(given)))
+
+
+def _absolute(target: str) -> str:
+    """A target in a file keeps its meaning when the run is resumed from elsewhere."""
+    path, colon, attribute = target.rpartition(":")
+    return f"{Path(path).resolve()}:{attribute}" if colon and path.endswith(".py") else target
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: _without_none(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in plain.items() if value is not None}

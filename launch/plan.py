@@ -1,0 +1,63 @@
+"""What the supervisor knows of a configuration: plain values, read without importing what the roles need."""
+
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from driftstream.envs.errors import require
+from driftstream.eval.monitor import MonitorConfig
+
+
+@dataclass(frozen=True)
+class SupervisorConfig:
+    """How roles are watched: a silent one is killed, a dead one restarted, each within a budget."""
+
+    heartbeat_s: float = 0.5
+    heartbeat_timeout_s: float = 4.0
+    max_restarts: int = 5
+    restart_delay_s: float = 0.2
+    drain_s: float = 8.0
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_s", "restart_delay_s", "drain_s"):
+            value = getattr(self, name)
+            require(value > 0, f"supervisor.{name}", value, "a positive number of seconds")
+        allowed = f"more than twice heartbeat_s = {self.heartbeat_s}"
+        timeout = self.heartbeat_timeout_s
+        require(timeout > 2 * self.heartbeat_s, "supervisor.heartbeat_timeout_s", timeout, allowed)
+        require(self.max_restarts >= 0, "supervisor.max_restarts", self.max_restarts, "0 or more")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The part of a resolved configuration that starts and watches processes, and the whole of it as a table."""
+
+    target: str
+    method: str
+    seed: int
+    sync: bool
+    actors: int
+    refiners: int
+    tcp_host: str | None
+    supervisor: SupervisorConfig
+    monitor: MonitorConfig
+    resolved: dict[str, Any]
+
+    @classmethod
+    def from_toml(cls, text: str) -> "RunPlan":
+        """Read the TOML of a configuration that `resolve` has checked."""
+        table = tomllib.loads(text)
+        stream, monitor = table["stream"], table["monitor"]
+        streamed = table["data"] == "stream"
+        return cls(
+            target=table["target"],
+            method=table["method"],
+            seed=table["seed"],
+            sync=table["sync"],
+            actors=table["actor"]["count"] if streamed else 0,
+            refiners=table["refiner"]["count"] if streamed else 0,
+            tcp_host=stream["host"] if stream["transport"] == "tcp" else None,
+            supervisor=SupervisorConfig(**table["supervisor"]),
+            monitor=MonitorConfig(**monitor | {"tags": tuple(monitor["tags"])}),
+            resolved=table,
+        )

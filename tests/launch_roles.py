@@ -1,0 +1,80 @@
+"""Tiny roles for tests of the supervisor: each obeys, or misbehaves in one way.
+
+As a script: `python launch_roles.py RUN ROLE_FUNCTION` supervises a run of them.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from driftstream.buffers.control import RoleContext
+from driftstream.envs.errors import TargetError
+from driftstream.launch.plan import RunPlan
+from driftstream.launch.processes import fork_server
+from driftstream.launch.progress import Progress
+from driftstream.launch.run_directory import RunDirectory
+from driftstream.launch.supervisor import Supervisor
+
+
+def obey(role: str, config: object, context: RoleContext) -> None:
+    """A learner that trains until the file RUN/enough appears, and others that do what they are told."""
+    control = context.control
+    where = {"step": 7, "wall_s": 1.5, "energy_evaluations": 11}
+    while not context.should_stop:
+        if role == "learner":
+            context.report_metrics({"train/loss": 0.5}, **where)
+            control.report("status", {"phase": "training", "step": 7, "progress": 0.5})
+            if (context.run_dir / "enough").exists():
+                status = {"phase": "finished", "step": 7, "progress": 1.0, "reason": "steps"}
+                control.report("status", status)
+                return
+        if role == "evaluator" and control.finish.is_set():
+            control.report("final", {"metrics": {**where, "eval/ess": 0.25}})
+            return
+        time.sleep(0.02)
+    (context.run_dir / f"stopped-{context.name}").touch()
+
+
+def actor_fails(role: str, config: object, context: RoleContext) -> None:
+    if role == "actor":
+        raise ValueError("no luck")
+    obey(role, config, context)
+
+
+def target_fails(role: str, config: object, context: RoleContext) -> None:
+    if role == "actor":
+        raise TargetError("target 'odd' raised ZeroDivisionError: division by zero")
+    obey(role, config, context)
+
+
+def learner_fails(role: str, config: object, context: RoleContext) -> None:
+    if role == "learner":
+        raise RuntimeError("disk full")
+    obey(role, config, context)
+
+
+def learner_hangs(role: str, config: object, context: RoleContext) -> None:
+    while role == "learner":
+        time.sleep(0.1)
+    obey(role, config, context)
+
+
+def evaluator_fails_once(role: str, config: object, context: RoleContext) -> None:
+    first = context.run_dir / "failed-once"
+    if role == "evaluator":
+        context.control.finish.wait()
+        if not first.exists():
+            first.touch()
+            raise RuntimeError("out of memory")
+    obey(role, config, context)
+
+
+def main(root: str, role_function: str) -> int:
+    run = RunDirectory.open(Path(root))
+    plan = RunPlan.from_toml(run.config.read_text())
+    with fork_server(["driftstream.launch.config"]) as context, run.hold() as launch:
+        return Supervisor(plan, run, launch, context, Progress("test"), role_function).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
