@@ -176,8 +176,11 @@ class StreamServer:
         poller.register(self._waker.socket, zmq.POLLIN)
         next_look = time.monotonic() + _TURN_S
         try:
-            while not self._closed:
-                poller.poll(sockets.remaining_ms(next_look))
+            closed = False
+            while not closed:
+                # Read first: whatever was released before closing is still answered in this turn.
+                closed = self._closed
+                poller.poll(0 if closed else sockets.remaining_ms(next_look))
                 self._waker.clear()
                 for frames in islice(sockets.drain(self._router), _MESSAGES_PER_TURN):
                     self._take_in(frames[0].bytes, frames[1:])

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from driftstream.launch.worker import ROLE_FUNCTION, role_name, worker_main
 
 STARTS_A_LAUNCH = 1000
 """Epochs are counted on from here in each later launch of a run, so that a resumed run repeats none."""
-FIRST_REPORT_S = 60.0
+FIRST_REPORT_S = 20.0
 """A new process may import and compile for this long before it counts as silent."""
 
 
@@ -164,11 +165,12 @@ class RoleProcess:
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a text file that are not blank; [] where there is no file."""
+    """The last lines of a text file that are not blank, without colours; [] where there is no file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 16_384))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
-    return [line for line in text.splitlines() if line.strip()][-lines:]
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    return [line for line in plain.splitlines() if line.strip()][-lines:]

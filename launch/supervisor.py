@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import setproctitle
 import zmq
 
 from driftstream.buffers.control import ControlServer, Report
@@ -76,7 +75,6 @@ class Supervisor:
 
         No process of a role is left when this returns or raises.
         """
-        setproctitle.setproctitle(f"driftstream supervisor {self.run_directory.root}")
         self._control = ControlServer(self.run_directory.addresses()["control"])
         self._monitor = Monitor(self.run_directory.root, self.plan.monitor, self.plan.resolved)
         self._roles = {role.name: role for role in self._make_roles()}

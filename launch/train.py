@@ -14,6 +14,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import FrameType
 
+import setproctitle
+
 from driftstream.launch.flags import TrainFlags, UsageError, answer, complain, parse, split_config_flags
 from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import fork_server
@@ -99,6 +101,7 @@ def _train(plan: RunPlan, toml: str, flags: TrainFlags, train: Train) -> int:
         run = RunDirectory.create(flags.out or default_root(plan.target, plan.method))
     with run.hold(plan.tcp_host) as launch:
         run.write_config(toml)
+        setproctitle.setproctitle(f"driftstream {'sync' if plan.sync else 'supervisor'} {run.root}")
         progress = Progress(f"{plan.target} · {plan.method} · {run.shown}")
         with contextlib.closing(progress), _warnings_to(progress):
             progress.event(f"run directory: {run.shown}")

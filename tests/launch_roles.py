@@ -19,6 +19,7 @@ from driftstream.launch.supervisor import Supervisor
 def obey(role: str, config: object, context: RoleContext) -> None:
     """A learner that trains until the file RUN/enough appears, and others that do what they are told."""
     control = context.control
+    control.report("event", {"text": f"{context.name} runs"})
     where = {"step": 7, "wall_s": 1.5, "energy_evaluations": 11}
     while not context.should_stop:
         if role == "learner":
@@ -61,11 +62,11 @@ def learner_hangs(role: str, config: object, context: RoleContext) -> None:
 
 def evaluator_fails_once(role: str, config: object, context: RoleContext) -> None:
     first = context.run_dir / "failed-once"
-    if role == "evaluator":
+    if role == "evaluator" and not first.exists():
+        context.control.report("event", {"text": "evaluator runs"})
         context.control.finish.wait()
-        if not first.exists():
-            first.touch()
-            raise RuntimeError("out of memory")
+        first.touch()
+        raise RuntimeError("out of memory")
     obey(role, config, context)
 
 

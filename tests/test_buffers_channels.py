@@ -18,7 +18,7 @@ from driftstream.buffers.channels import SeedRequest, StreamClient, StreamConfig
 from driftstream.buffers.credits import Arrival, CreditLedger
 from driftstream.buffers.wire import Message, WireError, WireLimits, encode
 from driftstream.envs.errors import ConfigError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.timeout(60)
@@ -28,12 +28,12 @@ SOON_S = 20.0  # a time-out that only a failing test reaches
 
 def batch(value: float = 0.0, rows: int = 3) -> dict[str, torch.Tensor]:
     """A batch that can be told apart by its value."""
-    log_reward = torch.full((rows,), value)
+    log_reward = torch.full((rows,), float(value))
     return {"states": torch.zeros(rows, 5, 2), "times": torch.linspace(0, 1, 5), "log_reward": log_reward}
 
 
 def terminals(value: float = 0.0) -> dict[str, torch.Tensor]:
-    return {"terminal": torch.zeros(3, 2), "log_reward": torch.full((3,), value)}
+    return {"terminal": torch.zeros(3, 2), "log_reward": torch.full((3,), float(value))}
 
 
 def value_of(message: Message | None) -> float:
@@ -413,6 +413,7 @@ def test_ledger_keeps_its_windows(window: int, credits: int, actions: list[tuple
     assert not waiting or any(s.granted > s.acknowledged for s in waiting)
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 3), st.integers(2, 5), st.randoms(use_true_random=False))
 def test_at_most_two_windows_pass_between_ticket_and_use(window: int, credits: int, n: int, rng: random.Random) -> None:
     ledger = CreditLedger(credits, window)

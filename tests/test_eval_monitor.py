@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +13,13 @@ import psutil
 import pytest
 import torch
 import wandb
-from wandb.proto import wandb_internal_pb2
 
 from driftstream.envs.errors import ConfigError
 from driftstream.envs.targets import make_target
 from driftstream.eval.monitor import Monitor, MonitorConfig, resolve_mode
 from driftstream.eval.plots import plot_samples
 
+WandbRun = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], Any]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE = MonitorConfig(wandb="offline", project="tests", name="a-run", tags=("one", "two"))
 
@@ -54,44 +53,9 @@ def json_rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=no_constant) for line in lines]
 
 
-def wandb_records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """The records of a .wandb file: a LevelDB log of protobufs, in blocks of 32 KiB, with a header."""
-    data, position, record = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if 32_768 - position % 32_768 < 7:
-            position += 32_768 - position % 32_768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # full, or last of several
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
-
-
-def read_wandb(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], Any]:
-    """History rows, configuration, summary and run record of the one offline run."""
-    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    history: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    run = None
-
-    def name(item: Any) -> str:
-        return item.key or "/".join(item.nested_key)
-
-    for record in wandb_records(path):
-        if record.HasField("run"):
-            run = record.run
-            config |= {name(item): json.loads(item.value_json) for item in record.run.config.update}
-        if record.HasField("history"):
-            history.append({name(item): json.loads(item.value_json) for item in record.history.item})
-        if record.HasField("summary"):
-            summary |= {name(item): json.loads(item.value_json) for item in record.summary.update}
-    return history, config, summary, run
-
-
-def test_offline_run_holds_metrics_images_and_configuration(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_run_holds_metrics_images_and_configuration(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], WandbRun]
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monitor = Monitor(run_dir, OFFLINE, {"target": {"name": "gmm9"}, "seed": 7})
     # Roles report out of order: neither row may be lost.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -26,7 +27,96 @@ from driftstream.launch.supervisor import Supervisor
 
 pytestmark = pytest.mark.timeout(60)
 ROLES = Path(__file__).parent / "launch_roles.py"
-PATIENCE_S = 10.0
+NAMES = {"learner", "actor-0", "refiner-0", "evaluator"}
+PATIENCE_S = 15.0
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T]) -> T:
+    end = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def processes(root: Path) -> dict[str, int]:
+    """Process id of every role of a run that is alive, by name, as their titles have it."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or []).split()
+        if len(words) == 3 and words[0] == "driftstream" and words[2] == str(root):
+            found[words[1]] = process.pid
+    return found
+
+
+class Run:
+    """A run of tiny roles, supervised in this process while a script plays in a thread."""
+
+    def __init__(self, root: Path, context: ForkServerContext) -> None:
+        self.directory = RunDirectory.create(root / "run")
+        self.root = self.directory.root
+        self.events: list[str] = []
+        self._context = context
+
+    def supervise(
+        self, role: str = "obey", script: Callable[[], None] | None = None, settings: SupervisorConfig | None = None
+    ) -> tuple[int, str]:
+        """(exit code, cause) of the run."""
+        plan = write_plan(self.directory, settings or SupervisorConfig())
+        progress = Progress("test", Console(file=io.StringIO()))
+        failures: list[BaseException] = []
+
+        def play() -> None:
+            try:
+                (script or self.finish)()
+            except BaseException as error:
+                failures.append(error)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        progress.event = lambda text, style="": self.events.append(text)  # type: ignore[method-assign]
+        with self.directory.hold() as launch:
+            supervisor = Supervisor(plan, self.directory, launch, self._context, progress, f"{ROLES}:{role}")
+            thread = threading.Thread(target=play)
+            thread.start()
+            code = supervisor.run()
+            thread.join()
+        assert not failures, self.events
+        assert not processes(self.root)
+        return code, supervisor.cause
+
+    def pid(self, name: str, other_than: int | None = None) -> int:
+        """The role's process, once it runs."""
+        pids = wait_for(lambda: {processes(self.root).get(name)} - {None, other_than})
+        return pids.pop() or 0
+
+    def replaced(self, name: str, number: signal.Signals) -> None:
+        """Send a role's process a signal, and wait for its successor."""
+        self.event(name, "runs")
+        pid = self.pid(name)
+        os.kill(pid, number)
+        self.pid(name, other_than=pid)
+
+    def finish(self) -> None:
+        """Let the learner meet its limit, once every role has started."""
+        self.all_run()
+        (self.root / "enough").touch()
+
+    def all_run(self) -> None:
+        """Wait until every role is in its loop."""
+        for name in NAMES:
+            self.event(name, "runs")
+
+    def event(self, *words: str) -> str:
+        """The first event that holds all the words, once it is there."""
+        found = wait_for(lambda: [text for text in self.events if all(word in text for word in words)])
+        return found[0]
+
+
+def write_plan(directory: RunDirectory, settings: SupervisorConfig) -> RunPlan:
+    config = resolve(RunConfig(monitor=MonitorConfig(wandb="disabled")))
+    directory.write_config(to_toml(replace(config, supervisor=settings)))
+    return RunPlan.from_toml(directory.config.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -35,39 +125,116 @@ def context() -> Iterator[ForkServerContext]:
         yield context
 
 
-class Run:
-    """A run of tiny roles, supervised in this process while a script of actions plays in a thread."""
+@pytest.fixture
+def run(tmp_path: Path, context: ForkServerContext) -> Run:
+    return Run(tmp_path, context)
 
-    def __init__(self, root: Path, context: ForkServerContext) -> None:
-        self.directory = RunDirectory.create(root / "run")
-        self.events: list[str] = []
-        self._context = context
 
-    def write_config(self, **supervisor: float) -> None:
-        config = replace(resolve(RunConfig(monitor=MonitorConfig(wandb="disabled"))))
-        table = to_toml(replace(config, supervisor=SupervisorConfig(**supervisor)))  # type: ignore[arg-type]
-        self.directory.write_config(table)
+def test_a_run_ends_when_the_learner_has_met_its_limit(run: Run) -> None:
+    assert run.supervise() == (0, "")
+    assert {path.stem for path in run.directory.logs.iterdir()} == NAMES
+    lines = run.directory.metrics.read_text().splitlines()
+    assert any('"eval/ess": 0.25' in line and '"step": 7' in line for line in lines)
+    assert not run.directory.sockets.exists()
 
-    def supervise(
-        self, role: str = "obey", script: Callable[[], None] = lambda: None, **supervisor: float
-    ) -> tuple[int, str]:
-        """(exit code, cause) of the run."""
-        self.write_config(**supervisor)
-        plan = RunPlan.from_toml(self.directory.config.read_text())
-        progress = Progress("test", Console(file=io.StringIO()))
-        progress.event = lambda text, style="": self.events.append(text)  # type: ignore[method-assign]
-        thread = threading.Thread(target=script)
-        with self.directory.hold() as launch:
-            supervisor_ = Supervisor(plan, self.directory, launch, self._context, progress, f"{ROLES}:{role}")
-            thread.start()
-            code = supervisor_.run()
-        thread.join()
-        assert not processes(self.directory.root)
-        return code, supervisor_.cause
 
-    def pid(self, name: str, but: int = 0) -> int:
-        """The process of a role, once it runs (not the one `but`)."""
-        return wait_for(lambda: {**processes(self.directory.root), name: processes(self.directory.root).get(name, but)}[name] - but and processes(self.directory.root)[name])
+@pytest.mark.parametrize("name", ["actor-0", "refiner-0", "evaluator"])
+def test_a_killed_role_is_reported_and_replaced(run: Run, name: str) -> None:
+    def script() -> None:
+        run.replaced(name, signal.SIGKILL)
+        assert run.event(name, "killed by SIGKILL", "restarted", "(1 of 5)")
+        run.finish()
 
-    def finish(self) -> None:
-        (self.directory.root / "enough").touch()
+    assert run.supervise(script=script) == (0, "")
+    starts = [line for line in run.directory.log(name).read_text().splitlines() if "seed" in line]
+    assert len(starts) == 2
+    assert starts[0].split("epoch")[1] != starts[1].split("epoch")[1]
+
+
+def test_a_silent_role_is_killed_and_replaced(run: Run) -> None:
+    def script() -> None:
+        run.replaced("actor-0", signal.SIGSTOP)
+        assert run.event("actor-0", "silent for", "restarted")
+        run.finish()
+
+    settings = SupervisorConfig(heartbeat_s=0.2, heartbeat_timeout_s=1.5)
+    assert run.supervise(script=script, settings=settings) == (0, "")
+
+
+def test_the_last_actor_beyond_its_restarts_ends_the_run(run: Run) -> None:
+    settings = SupervisorConfig(max_restarts=2, restart_delay_s=0.05)
+    code, cause = run.supervise("actor_fails", lambda: None, settings)
+    assert code == 1
+    assert cause == "actor-0 ended: ValueError: no luck; given up after 3 starts"
+    assert any("actor-0 |" in text and "ValueError: no luck" in text for text in run.events)
+
+
+def test_a_failing_target_ends_the_run_at_once(run: Run) -> None:
+    code, cause = run.supervise("target_fails", lambda: None)
+    assert code == 1
+    assert cause == "actor-0 ended: TargetError: target 'odd' raised ZeroDivisionError: division by zero"
+    assert not any("restarted" in text for text in run.events)
+
+
+@pytest.mark.parametrize("how", ["raises", "killed"])
+def test_the_learners_death_ends_the_run_and_says_how_to_resume(run: Run, how: str) -> None:
+    if how == "raises":
+        code, cause = run.supervise("learner_fails", lambda: None)
+    else:
+        code, cause = run.supervise(script=lambda: os.kill(run.pid("learner"), signal.SIGKILL))
+    assert code == 1
+    reason = "RuntimeError: disk full" if how == "raises" else "killed by SIGKILL"
+    assert cause == f"learner ended: {reason}; resume with: driftstream train --resume {run.root}"
+
+
+def test_a_failed_final_evaluation_is_tried_again(run: Run) -> None:
+    assert run.supervise("evaluator_fails_once") == (0, "")
+    assert run.event("evaluator ended: RuntimeError: out of memory; restarted")
+
+
+def test_an_interrupt_lets_every_role_stop(run: Run) -> None:
+    def script() -> None:
+        run.all_run()
+        wait_for(run.directory.metrics.read_text)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    code, cause = run.supervise(script=script)
+    assert code == 130
+    assert cause.startswith("interrupted at step 7; resume with: driftstream train --resume")
+    stopped = {path.name.removeprefix("stopped-") for path in run.root.glob("stopped-*")}
+    assert stopped == NAMES
+
+
+def test_a_second_interrupt_kills(run: Run) -> None:
+    def script() -> None:
+        run.pid("learner")
+        os.kill(os.getpid(), signal.SIGINT)
+        run.event("interrupted")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    settings = SupervisorConfig(drain_s=1000.0)
+    assert run.supervise("learner_hangs", script, settings)[0] == 130
+
+
+def test_a_role_that_does_not_stop_is_killed_in_time(run: Run) -> None:
+    def script() -> None:
+        run.pid("learner")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = SupervisorConfig(drain_s=0.5)
+    assert run.supervise("learner_hangs", script, settings)[0] == 130
+    assert run.event("learner ended: did not stop in time; killed")
+
+
+def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    write_plan(directory, SupervisorConfig(drain_s=2.0))
+    command = [sys.executable, str(ROLES), str(directory.root), f"{ROLES}:obey"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as supervisor:
+        try:
+            wait_for(lambda: set(processes(directory.root)) == NAMES)
+            family = psutil.Process(supervisor.pid).children(recursive=True)
+        finally:
+            supervisor.kill()
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+    assert not alive

@@ -1,0 +1,212 @@
+"""The whole system as a user starts it: real processes, real sockets, real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from driftstream.learner.checkpoint import checkpoint_paths
+
+pytestmark = pytest.mark.timeout(240)
+COMMAND = str(Path(sys.executable).with_name("driftstream"))
+SMALL = [
+    *("--sampling-steps", "10", "--policy.hidden", "16", "--learner.batch-size", "50"),
+    *("--refiner.mala.chains", "50", "--refiner.mala.mcmc-steps", "40", "--refiner.mala.burn-in", "20"),
+    *("--refiner.every", "20", "--eval.samples", "100", "--eval.w2-samples", "100", "--eval.every-s", "1"),
+    *("--replay.minimum", "50", "--checkpoint.every-s", "2", "--wandb", "disabled"),
+]
+WandbRun = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], Any]
+
+
+def processes(root: Path) -> dict[str, int]:
+    """Every live process of a run by its name, as its title has it."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or []).split()
+        if len(words) == 3 and words[0] == "driftstream" and words[2] == str(root):
+            found[words[1]] = process.pid
+    return found
+
+
+class Training:
+    """One `driftstream train` with its output and the time of each line."""
+
+    def __init__(self, root: Path, *arguments: str) -> None:
+        self.root = root
+        self.output = root.with_suffix(".txt")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self.output.open("wb") as file:
+            self.process = subprocess.Popen(
+                [COMMAND, "train", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+        end = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < end, f"waited in vain; output:\n{self.text()}"
+            assert self.process.poll() is None, f"ended early; output:\n{self.text()}"
+            time.sleep(0.02)
+        return value
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.root / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def step(self) -> int:
+        return max((row["step"] for row in self.rows()), default=0)
+
+    def end(self, seconds: float = 120.0) -> int:
+        code = self.process.wait(seconds)
+        time.sleep(0.2)
+        assert processes(self.root) == {}
+        return code
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., Training]]:
+    started: list[Training] = []
+
+    def start(*arguments: str, root: Path | None = None) -> Training:
+        root = root or tmp_path / f"run{len(started)}"
+        started.append(Training(root, *(argument.replace("{root}", str(root)) for argument in arguments)))
+        return started[-1]
+
+    yield start
+    for training in started:
+        if training.process.poll() is None:
+            for pid in (training.process.pid, *processes(training.root).values()):
+                os.kill(pid, signal.SIGKILL)
+            training.process.wait(10)
+
+
+def test_a_run_ends_with_results_plots_and_the_same_figures_everywhere(
+    train: Callable[..., Training], tmp_path: Path, read_wandb: Callable[[Path], WandbRun]
+) -> None:
+    root = tmp_path / "run"
+    training = train("gmm25", *SMALL[:-2], "--wandb", "offline", "--minutes", "0.2", "--out", str(root), root=root)
+    assert training.end() == 0, training.text()
+    results = json.loads((root / "results.json").read_text())
+    rows = training.rows()
+    names = {name for row in rows for name in row}
+    expected = {
+        *("eval/log_z_lower_bound", "eval/log_z_importance", "eval/log_z_upper_bound", "eval/delta_log_z"),
+        *("eval/delta_log_z_rw", "eval/elbo_eubo_gap", "eval/ess", "eval/khat", "eval/w2", "eval/w2_floor"),
+        *("eval/mode_coverage", "eval/energy_evaluations", "train/loss", "train/log_z", "train/grad_norm"),
+        *("train/learning_rate", "stream/staleness_mean", "stream/staleness_max", "stream/queue_depth"),
+        *("stream/rejected", "stream/duplicates", "learner/updates_per_s", "learner/wait_fraction"),
+        *("actor/0/trajectories_per_s", "refiner/0/acceptance_rate", "refiner/0/step_size"),
+        *("replay/size", "replay/samples_per_insert"),
+    }
+    assert expected <= names, expected - names
+    assert all({"step", "wall_s", "energy_evaluations"} <= row.keys() for row in rows)
+    final = [row for row in rows if "eval/w2" in row][-1]
+    assert all(final[name] == results[name] for name in final if name.startswith("eval/"))
+
+    history, config, summary, _ = read_wandb(root)
+    wandb_rows = [row for row in history if "train/loss" in row]
+    jsonl_rows = [row for row in rows if "train/loss" in row]
+    assert [row["train/loss"] for row in wandb_rows] == pytest.approx([row["train/loss"] for row in jsonl_rows])
+    assert expected <= {name for row in history for name in row}
+    assert summary["eval/w2"] == pytest.approx(results["eval/w2"])
+    assert config["target"] == "gmm25"
+    assert config["process"]["diffusion_variance"] == 5.0
+    images = [path.name for path in root.glob("wandb/offline-run-*/files/media/images/plots/*.png")]
+    assert any("samples" in name for name in images)
+    assert any("training" in name for name in images)
+    for part in ("Δlog Z", "samples.png", "driftstream sample"):
+        assert part in training.text()
+
+    draws = tmp_path / "draws.npz"
+    command = [COMMAND, "sample", str(root), "-n", "64", "-o", str(draws)]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    assert draws.exists()
+    command = [COMMAND, "eval", str(root), "--samples", "100", "--json"]
+    output = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout
+    assert json.loads(output)["eval/log_z_lower_bound"] == pytest.approx(results["eval/log_z_lower_bound"])
+
+
+def test_killed_roles_are_reported_and_replaced_and_the_run_ends_as_usual(train: Callable[..., Training]) -> None:
+    training = train("gmm25", *SMALL, "--minutes", "0.4", "--out", "{root}")
+    training.wait_for(lambda: training.step() > 0)
+    for name in ("actor-0", "refiner-0", "evaluator"):
+        pid = processes(training.root)[name]
+        os.kill(pid, signal.SIGKILL)
+        training.wait_for(lambda name=name: f"{name} ended: killed by SIGKILL" in training.text(), 5)
+        training.wait_for(lambda name=name, pid=pid: processes(training.root).get(name, pid) != pid, 10)
+    assert training.end() == 0, training.text()
+    assert (training.root / "results.json").exists()
+
+
+def test_a_killed_learner_ends_the_run_which_resumes_at_its_last_checkpoint(train: Callable[..., Training]) -> None:
+    training = train("gmm25", *SMALL, "--minutes", "5", "--out", "{root}")
+    training.wait_for(lambda: checkpoint_paths(training.root / "checkpoints"))
+    os.kill(processes(training.root)["learner"], signal.SIGKILL)
+    assert training.end(20) == 1
+    assert training.text().splitlines()[-1].endswith(f"driftstream train --resume {training.root}")
+    step = int(checkpoint_paths(training.root / "checkpoints")[-1].name.removeprefix("step-"))
+    resumed = train("--resume", str(training.root), "--steps", str(step + 50), root=training.root)
+    assert resumed.end() == 0, resumed.text()
+    assert f"resumed at step {step}" in resumed.text()
+    assert checkpoint_paths(training.root / "checkpoints")[-1].name == f"step-{step + 50}"
+
+
+def test_interrupt_drains_and_checkpoints(train: Callable[..., Training]) -> None:
+    training = train("gmm25", *SMALL, "--minutes", "5", "--checkpoint.every-s", "1000", "--out", "{root}")
+    training.wait_for(lambda: training.step() > 0)
+    training.process.send_signal(signal.SIGINT)
+    assert training.end(12) == 130
+    (newest,) = checkpoint_paths(training.root / "checkpoints")
+    assert int(newest.name.removeprefix("step-")) > 0
+
+
+BROKEN = """
+import time
+import torch
+from driftstream.envs.targets import Target
+
+class Undefined(Target):
+    name = "undefined"
+    dim = 2
+
+    def log_reward(self, x):
+        return torch.where(x[..., 0] > 1.0, torch.nan, -0.5 * x.square().sum(-1))
+
+class Broken(Target):
+    name = "broken"
+    dim = 2
+    calls = 0
+
+    def log_reward(self, x):
+        Broken.calls += 1
+        if Broken.calls > 20:
+            raise RuntimeError("the simulator is not licensed")
+        return -0.5 * x.square().sum(-1)
+"""
+
+
+def test_undefined_rewards_are_counted_and_the_run_goes_on(train: Callable[..., Training], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(BROKEN)
+    training = train(f"{tmp_path}/mine.py:Undefined", *SMALL, "--steps", "100", "--out", "{root}")
+    assert training.end() == 0, training.text()
+    assert max(row.get("stream/rejected", 0) for row in training.rows()) > 0
+
+
+def test_a_target_that_raises_ends_the_run_by_name(train: Callable[..., Training], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(BROKEN)
+    training = train(f"{tmp_path}/mine.py:Broken", *SMALL, "--minutes", "5", "--out", "{root}")
+    training.wait_for(lambda: processes(training.root))
+    assert training.end(30) == 1
+    last = training.text().splitlines()[-1]
+    assert "target 'broken' raised RuntimeError: the simulator is not licensed" in last
+    assert "in log_reward" in training.text()
