@@ -2,11 +2,11 @@
 
 `channels` explains the protocol. Here stand the learner's side of it: per sender a window of sequence numbers
 (acknowledged <= received <= granted <= acknowledged + credits), and over all paced senders a sliding window
-of tickets. A ticket is the right to produce one batch. Tickets are numbered in the order in which they are
-handed out, and a new one is handed out only while its number is less than `window` above the oldest that is
-not yet consumed. So between a ticket's hand-out and its batch's consumption at most 2 (window - 1) other
-batches are consumed, however unequal the senders' speeds are. That bounds staleness without discarding
-anything.
+of tickets. A ticket is the right to produce one batch. The window starts at the oldest ticket whose batch is
+not yet consumed and holds all that were handed out since, consumed or not; a new one is handed out only while
+fewer than `window` are in it. So between a ticket's hand-out and its batch's consumption at most
+2 (window - 1) other batches are consumed, however unequal the senders' speeds are. That bounds staleness
+without discarding anything.
 """
 
 from collections.abc import Iterable
@@ -56,13 +56,14 @@ class CreditLedger:
         self.credits = credits
         self.window = window
         self.senders: dict[str, Sender] = {}
-        self._tickets: dict[Ticket, int] = {}  # in the order of their numbers
-        self._last_ticket = 0
+        # From the oldest ticket whose batch is not consumed, in the order of hand-out: is its batch consumed?
+        self._tickets: dict[Ticket, bool] = {}
+        self._handed_out = 0
 
     @property
     def outstanding(self) -> int:
         """Tickets that are handed out and whose batch is not yet consumed."""
-        return len(self._tickets)
+        return sum(not consumed for consumed in self._tickets.values())
 
     def greet(self, name: str, epoch: int, paced: bool, acknowledged: int, sent: int, granted: int) -> Sender | None:
         """The sender that says hello with what it knows of its stream, or None if that cannot be.
@@ -102,7 +103,9 @@ class CreditLedger:
 
     def consume(self, name: str, epoch: int, sequence: int) -> None:
         """Mark a received batch as consumed, whatever has become of its sender since."""
-        self._tickets.pop((name, epoch, sequence), None)
+        if (name, epoch, sequence) in self._tickets:
+            self._tickets[name, epoch, sequence] = True
+            self._trim()
         sender = self.senders.get(name)
         if sender is None or sender.epoch != epoch or not sender.acknowledged < sequence <= sender.received:
             return
@@ -136,8 +139,7 @@ class CreditLedger:
         return [s.name for s in self.senders.values() if s.paced and s.connected and s.received < s.granted]
 
     def _window_open(self) -> bool:
-        oldest = next(iter(self._tickets.values()), self._last_ticket + 1)
-        return self._last_ticket + 1 - oldest < self.window
+        return len(self._tickets) < self.window
 
     def _waiting(self) -> list[Sender]:
         return [s for s in self.senders.values() if s.paced and s.connected and s.outstanding < self.credits]
@@ -146,9 +148,15 @@ class CreditLedger:
         for sequence in sequences if sender.paced else ():
             ticket = (sender.name, sender.epoch, sequence)
             if ticket not in self._tickets:
-                self._last_ticket += 1
-                self._tickets[ticket] = sender.last_ticket = self._last_ticket
+                self._handed_out += 1
+                sender.last_ticket = self._handed_out
+                self._tickets[ticket] = False
 
     def _drop_tickets(self, sender: Sender) -> None:
         for sequence in range(sender.received + 1, sender.granted + 1):
             self._tickets.pop((sender.name, sender.epoch, sequence), None)
+        self._trim()
+
+    def _trim(self) -> None:
+        while self._tickets and next(iter(self._tickets.values())):
+            del self._tickets[next(iter(self._tickets))]

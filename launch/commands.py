@@ -28,6 +28,8 @@ def sample(flags: SampleFlags) -> int:
         raise UsageError("-n and --batch-size must be at least 1")
     if flags.output.suffix != ".npz":
         raise UsageError(f"-o {flags.output}: expected a name that ends in .npz")
+    if not flags.output.absolute().parent.is_dir():
+        raise UsageError(f"-o {flags.output}: the directory does not exist")
     evaluator, _ = _load(flags.run, checkpoint=flags.checkpoint)
     arrays = draw(evaluator, flags.n, flags.batch_size, flags.seed)
     _write_npz(flags.output, arrays)

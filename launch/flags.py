@@ -167,13 +167,20 @@ def refuse(unknown: Sequence[str], kind: type) -> None:
 
 def first_sentence(box: str) -> str:
     """What a box that tyro draws around an error says first, in our words."""
-    lines = [line.strip(" │|") for line in box.splitlines()[1:]]
-    end = next((n for n, line in enumerate(lines) if not line or set(line) <= set("─-╰╯+")), len(lines))
-    text = " ".join(lines[:end]).removeprefix("Error parsing ")
-    text = re.sub(r"^[\w.]+: ", "", text)
-    text = text.replace("'None', ", "").replace("{None}|", "")
-    text = re.sub(r"no type matching (\S+) could be instantiated from \[(.*)\]\.?", r"expected \1, not \2", text)
-    return text or "this command line makes no sense"
+    lines = [line.strip(" │") for line in box.splitlines()[1:]]
+    rules = [not set(line) - set("─-╰╯") for line in lines]
+    start = rules.index(False)
+    text = " ".join(lines[start : rules.index(True, start)]).removeprefix("Error parsing ")
+    text = re.sub(r"^Missing from .*?: ", "missing: ", text).replace(" (required)", "")
+    text = re.sub(r"^[a-z_]+\.[\w.]+: ", "", text)
+    text = re.sub(
+        r"no type matching (?:{None}\|)?(\S+) could be instantiated from \[(.*)\]\.?", r"expected \1, not \2", text
+    )
+    return re.sub(r"one of \((.*)\)", lambda choices: f"one of {_choices(choices[1])}", text)
+
+
+def _choices(text: str) -> str:
+    return ", ".join(sorted(set(re.findall(r"'([^']*)'", text)) - {"None"}))
 
 
 def flag_names(kind: type, prefix: str = "--") -> list[str]:

@@ -20,6 +20,8 @@ STARTS_A_LAUNCH = 1000
 """Epochs are counted on from here in each later launch of a run, so that a resumed run repeats none."""
 FIRST_REPORT_S = 20.0
 """A new process may import and compile for this long before it counts as silent."""
+FORK_SERVER_GONE = 255
+"""The exit code that `multiprocessing` makes up for children of a fork server that has died."""
 
 
 @contextlib.contextmanager
@@ -147,7 +149,11 @@ class RoleProcess:
         """Exit code of a process that has ended, once; None otherwise."""
         if self._process is None or self._process.exitcode is None:
             return None
-        code = self._process.exitcode
+        code, pid = self._process.exitcode, self._process.pid
+        if code == FORK_SERVER_GONE and pid is not None:
+            # It cannot say whether the process has ended.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.close()
         self._process = None
         return code

@@ -24,7 +24,7 @@ class Progress:
         self.console = console or Console(highlight=False)
         self._title = title
         self._metrics: dict[str, float] = {}
-        self._evaluation: tuple[int, str] | None = None
+        self._evaluation = ""
         self._step, self._fraction, self._phase = 0, 0.0, "starting"
         self._pace: tuple[float, float] | None = None
         self._due = 0.0
@@ -40,13 +40,13 @@ class Progress:
             self.console.print(line, soft_wrap=True)
 
     def update(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Take in metrics, under the names that metrics.jsonl has."""
+        """Take in metrics, under the names that metrics.jsonl has; `step` is that of an evaluation."""
         self._metrics.update(metrics)
-        self._step = self._step if step is None else step
         if any(name.startswith("eval/") for name in metrics):
-            self._evaluation = (self._step, describe_evaluation(metrics))
+            evaluated = self._step if step is None else step
+            self._evaluation = f"evaluation at step {evaluated:,}: {describe_evaluation(metrics)}"
             if self._live is None:
-                self.event(f"evaluation at step {self._step:,}: {self._evaluation[1]}")
+                self.event(self._evaluation)
 
     def status(self, phase: str, step: int, fraction: float) -> None:
         """Take in how far the run is: `fraction` in [0, 1] of the limit that will be met first."""
@@ -78,8 +78,8 @@ class Progress:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError):
-            # The terminal was closed, or a pipe's reader has left.
+        except (OSError, ValueError, SystemExit):
+            # The terminal was closed, or a pipe's reader has left (rich would end the process).
             self._live, self._due = None, math.inf
             self.console.quiet = True
 
@@ -114,9 +114,8 @@ class Progress:
         bar.add_column(justify="right")
         bar.add_row(ProgressBar(total=1.0, completed=self._fraction), self._position())
         rows: list[RenderableType] = [bar, Text(self._stream() or "waiting for the first update")]
-        if self._evaluation is not None:
-            step, text = self._evaluation
-            rows.append(Text(f"evaluation at step {step:,}: {text}"))
+        if self._evaluation:
+            rows.append(Text(self._evaluation))
         return Panel(Group(*rows), title=self._title, title_align="left", border_style="dim")
 
 
@@ -134,8 +133,8 @@ def evaluation_rows(metrics: Mapping[str, float], brief: bool = False) -> list[t
     if modes is not None:
         coverage = f"{{:.0f}} of {modes:.0f}"
     rows = [
-        ("Δlog Z", "eval/delta_log_z", "{:.3f}", "true log Z − lower bound", True),
-        ("Δlog Z RW", "eval/delta_log_z_rw", "{:+.3f}", "true log Z − importance one", True),
+        ("Δlog Z", "eval/delta_log_z", "{:.3f}", "true − lower bound", True),
+        ("Δlog Z RW", "eval/delta_log_z_rw", "{:+.3f}", "true − importance estimate", True),
         ("log Z lower bound", "eval/log_z_lower_bound", "{:.3f}", "", "eval/delta_log_z" not in metrics),
         ("log Z importance", "eval/log_z_importance", "{:.3f}", "", "eval/delta_log_z" not in metrics),
         ("ELBO-EUBO gap", "eval/elbo_eubo_gap", "{:.3f}", "a missed mode widens it", False),

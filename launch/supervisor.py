@@ -22,6 +22,7 @@ from driftstream.launch.worker import FAILED_FOR_GOOD, ROLE_FUNCTION
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 TICK_MS = 100
+LONGEST_DELAY_S = 30.0
 FINAL_EVALUATION_S = 600.0
 """A final evaluation that takes longer is given up."""
 STOPPING_S = 10.0
@@ -168,7 +169,7 @@ class Supervisor:
             case "metrics":
                 self._log(role, payload["metrics"], payload)
             case "status":
-                self.progress.status(payload["phase"], int(payload["step"]), payload["progress"])
+                self.progress.status(self._phase.value, int(payload["step"]), payload["progress"])
                 if payload["phase"] == "finished" and payload["reason"] != "stopped":
                     self._finish(payload["reason"])
             case "event":
@@ -200,7 +201,7 @@ class Supervisor:
         cause = f"{role.name} ended: {role.cause(code)}"
         told_to_stop = self._phase is Phase.STOPPING or role.command == "stop"
         if code == FAILED_FOR_GOOD and not told_to_stop:
-            self._fail(role, cause)
+            self._fail(role, cause, code)
         elif told_to_stop:
             if code:
                 self.progress.event(cause, "yellow")
@@ -208,13 +209,13 @@ class Supervisor:
             self._on_learner_end(role, code, cause)
         elif role.command == "finish" and code == 0:
             if not self.final:
-                self._fail(role, f"{role.name} ended without a final evaluation")
+                self._fail(role, f"{role.name} ended without a final evaluation", code)
         else:
-            self._restart(role, cause, now)
+            self._restart(role, cause, code, now)
 
     def _on_learner_end(self, learner: RoleProcess, code: int, cause: str) -> None:
         if self._phase is Phase.TRAINING:
-            self._fail(learner, f"{cause}; resume with: {self.run_directory.resume_command}")
+            self._fail(learner, f"{cause}; resume with: {self.run_directory.resume_command}", code)
             return
         if code:
             self.progress.event(cause, "yellow")
@@ -224,17 +225,17 @@ class Supervisor:
         if not evaluator.alive:
             evaluator.restart_at = time.monotonic()
 
-    def _restart(self, role: RoleProcess, cause: str, now: float) -> None:
+    def _restart(self, role: RoleProcess, cause: str, code: int, now: float) -> None:
         settings = self.plan.supervisor
         if role.restarts_left == 0:
             peers = [peer for peer in self._roles.values() if peer.role == role.role and peer is not role]
             if role.command == "finish" or (role.role == "actor" and not any(peer.in_use for peer in peers)):
-                self._fail(role, f"{cause}; given up after {role.starts} starts")
+                self._fail(role, f"{cause}; given up after {role.starts} starts", code)
             else:
                 self.progress.event(f"{cause}; given up after {role.starts} starts", "red")
             return
         role.restarts_left -= 1
-        delay = settings.restart_delay_s * 2 ** (role.starts - 1)
+        delay = min(settings.restart_delay_s * 2 ** (role.starts - 1), LONGEST_DELAY_S)
         role.restart_at = now + delay
         count = f"{role.starts} of {role.starts + role.restarts_left}"
         self.progress.event(f"{cause}; restarted in {delay:.1f} s ({count})", "yellow")
@@ -252,9 +253,11 @@ class Supervisor:
             if role.role in ("actor", "refiner"):
                 self._order(role, "stop", self.plan.supervisor.drain_s)
 
-    def _fail(self, role: RoleProcess, cause: str) -> None:
-        for line in tail(role.log, 8):
-            self.progress.event(f"{role.name} | {line}", "dim")
+    def _fail(self, role: RoleProcess, cause: str, code: int) -> None:
+        """End the run because of a role, with what it wrote last unless it was killed."""
+        if code != -signal.SIGKILL:
+            for line in tail(role.log, 8):
+                self.progress.event(f"{role.name} | {line}", "dim")
         self._stop(FAILED, cause)
 
     def _stop(self, exit_code: int, cause: str) -> None:
@@ -279,7 +282,8 @@ class Supervisor:
     def _monitor_patience_s(self) -> float:
         if self._stopping_since is None:
             return MONITOR_CLOSE_S
-        return max(1.0, self._stopping_since + STOPPING_S - time.monotonic())
+        left = self._stopping_since + STOPPING_S - time.monotonic()
+        return 1.0 if self._signals > 1 else max(1.0, left)
 
     @contextmanager
     def _handle_signals(self) -> Iterator[None]:

@@ -120,6 +120,7 @@ def _run_here(flags: TrainFlags, config_flags: list[str], prog: str) -> int:
     from driftstream.launch.dry_run import show_plan
     from driftstream.launch.sync_run import train_sync
 
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     config = configure(flags, config_flags, prog)
     if flags.dry_run:
         return show_plan(config, flags.resume or flags.out or default_root(config.target, config.method))

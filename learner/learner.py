@@ -79,6 +79,11 @@ class Learner:
         self.actor_calls = 0
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters and replay are."""
+        return self.generator.device
+
+    @property
     def energy_evaluations(self) -> int:
         """Energy and gradient evaluations of the whole run so far: actors', refiners' and the learner's own."""
         return self.actor_calls + self.target.calls
@@ -93,7 +98,7 @@ class Learner:
     def learn_replayed(self, progress: float) -> dict[str, Tensor | float]:
         """Update from replayed terminal states with freshly drawn backward paths."""
         terminal, log_reward = self.replay.sample(self.config.batch_size)
-        times = make_grid(self.grid, generator=self.generator, device=self.generator.device)
+        times = make_grid(self.grid, generator=self.generator, device=self.device)
         states = self.process.sample_bridge(terminal, times, generator=self.generator)
         scores = self.target.score(states[:, :-1]) if self.policy.langevin else None
         return self._update(states, times, log_reward, scores, progress)

@@ -43,7 +43,7 @@ class Publisher:
             progress=self._budget.progress(learner.step, calls),
             wall_s=self._budget.elapsed_s,
             energy_evaluations=calls,
-            tensors=tensors,
+            tensors={name: value.cpu() for name, value in tensors.items()},
         )
 
     def close(self) -> None:

@@ -57,7 +57,7 @@ def run_learner(
             server = StreamServer(endpoints.stream, stream, max_outstanding=window, version=version)
             stack.callback(server.close)
             lock_step = stream.max_staleness == 0
-            source = StreamSource(server, publisher, learner.target.dim, lock_step)
+            source = StreamSource(server, publisher, learner.target.dim, learner.device, lock_step)
         loop = TrainingLoop(
             learner,
             source,

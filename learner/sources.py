@@ -58,10 +58,18 @@ class DataSource(Protocol):
 class StreamSource:
     """Data from actor and refiner processes."""
 
-    def __init__(self, server: StreamServer, publisher: Publisher, dim: int, lock_step: bool) -> None:
+    def __init__(
+        self,
+        server: StreamServer,
+        publisher: Publisher,
+        dim: int,
+        device: torch.device,
+        lock_step: bool,
+    ) -> None:
         self._server = server
         self._publisher = publisher
         self._dim = dim
+        self._device = device
         self._lock_step = lock_step
         self._held: list[Message] = []
         self._spent = 0
@@ -85,7 +93,7 @@ class StreamSource:
             self._rejected += len(trajectories)
             self._server.release(message, self._publisher.version)
             return None
-        return FreshBatch(trajectories, message.policy_version, message)
+        return FreshBatch(trajectories.to(self._device), message.policy_version, message)
 
     def consumed(self, batch: FreshBatch) -> None:
         assert batch.message is not None
@@ -105,7 +113,8 @@ class StreamSource:
         for request in self._server.seed_requests():
             seeds = draw(request.n)
             if seeds is not None:
-                self._server.send_seeds(request, *seeds, step)
+                terminal, log_reward = seeds
+                self._server.send_seeds(request, terminal.cpu(), log_reward.cpu(), step)
                 return True
         return False
 
@@ -169,7 +178,7 @@ class LocalSource:
         if seeds is None:
             return False
         self._cycle += 1
-        refinement = refiner.refine(seeds[0])
+        refinement = refiner.refine(seeds[0].to(refiner.generator.device))
         self._refined.append((refinement.terminal, refinement.log_reward))
         return True
 

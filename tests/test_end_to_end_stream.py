@@ -210,3 +210,14 @@ def test_a_target_that_raises_ends_the_run_by_name(train: Callable[..., Training
     last = training.text().splitlines()[-1]
     assert "target 'broken' raised RuntimeError: the simulator is not licensed" in last
     assert "in log_reward" in training.text()
+
+
+@pytest.mark.parametrize(("bound", "actors"), [(0, 1), (4, 3)])
+def test_staleness_is_bounded_by_pacing(train: Callable[..., Training], bound: int, actors: int) -> None:
+    flags = ["--stream.max-staleness", str(bound), "--actors", str(actors)]
+    training = train("gmm25", *SMALL, *flags, "--steps", "300", "--out", "{root}")
+    assert training.end() == 0, training.text()
+    staleness = [row["stream/staleness_max"] for row in training.rows() if "stream/staleness_max" in row]
+    assert staleness
+    assert max(staleness) <= bound
+    assert max(row.get("stream/rejected", 0) for row in training.rows()) == 0
