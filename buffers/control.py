@@ -67,11 +67,11 @@ class ControlServer:
         self.socket.poll(timeout_ms)
         reports = []
         for identity, *frames in sockets.drain(self.socket, copy=True):
-            content = _parse(frames)
-            if content is None or not is_name(content.get("role")) or not isinstance(content.get("kind"), str):
+            content = _parse(frames) or {}
+            report = Report(content.get("role"), content.get("kind"), content.get("payload"))  # type: ignore[arg-type]
+            if not (is_name(report.role) and is_name(report.kind) and isinstance(report.payload, dict)):
                 self.rejected += 1
                 continue
-            report = Report(content["role"], content["kind"], content.get("payload") or {})
             self._identities[report.role] = identity
             self._repeat_command(report.role, content.get("seen"))
             reports.append(report)
@@ -196,10 +196,9 @@ class ControlClient:
         self._send_reports()
 
     def _send_reports(self) -> None:
-        while self._outbox:
-            if not sockets.send_now(self._socket, [self._outbox[0]]):
-                return
-            self._outbox.popleft()
+        with self._lock:
+            while self._outbox and sockets.send_now(self._socket, [self._outbox[0]]):
+                self._outbox.popleft()
 
     def _take_command(self, content: dict[str, Any] | None) -> None:
         if content is None or not is_integer(content.get("number")) or not isinstance(content.get("command"), str):

@@ -158,5 +158,7 @@ class CreditLedger:
         self._trim()
 
     def _trim(self) -> None:
-        while self._tickets and next(iter(self._tickets.values())):
-            del self._tickets[next(iter(self._tickets))]
+        for ticket, consumed in list(self._tickets.items()):
+            if not consumed:
+                break
+            del self._tickets[ticket]

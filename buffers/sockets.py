@@ -29,9 +29,7 @@ def check_endpoint(endpoint: str, field: str = "endpoint") -> str:
     require(transport in ("ipc", "tcp") and address != "", field, endpoint, "ipc://PATH or tcp://HOST:PORT")
     if transport == "ipc":
         length = len(address.encode())
-        allowed = (
-            f"an ipc path of at most {MAX_IPC_PATH_BYTES} bytes (it has {length}); use a shorter directory"
-        )
+        allowed = f"an ipc path of at most {MAX_IPC_PATH_BYTES} bytes (it has {length}); use a shorter directory"
         require(length <= MAX_IPC_PATH_BYTES, field, endpoint, allowed)
         return endpoint
     host, _, port = address.rpartition(":")

@@ -79,9 +79,7 @@ class WeightPublisher:
         while True:
             poller.poll()
             self._waker.clear()
-            subscriptions = [
-                frames for frames in sockets.drain(self._socket, copy=True) if frames[0][:1] == b"\x01"
-            ]
+            subscriptions = [frames for frames in sockets.drain(self._socket, copy=True) if frames[0][:1] == b"\x01"]
             with self._lock:
                 frame = self._newest if subscriptions or self._unsent else None
                 self._unsent = False
@@ -103,6 +101,7 @@ class WeightSubscriber:
         self._context: zmq.Context = zmq.Context()
         self._socket = sockets.make_socket(self._context, zmq.SUB, self._limits.max_message_bytes)
         self._socket.conflate = 1
+        self._socket.linger = 0  # only subscriptions travel that way
         self._socket.subscribe(b"")
         self._socket.connect(endpoint)
 

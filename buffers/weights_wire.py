@@ -74,14 +74,8 @@ def encode_weights(snapshot: WeightSnapshot) -> bytes:
     for name, value in snapshot.tensors.items():
         tensor = value.detach().cpu().contiguous()
         encoded = name.encode()
-        if (
-            tensor.dtype not in _DTYPES
-            or tensor.dim() > MAX_RANK
-            or not 0 < len(encoded) <= MAX_TENSOR_NAME_LENGTH
-        ):
-            raise WireError(
-                f"tensor {name!r} of {tensor.dtype}, rank {tensor.dim()} has no place in a weights frame"
-            )
+        if tensor.dtype not in _DTYPES or tensor.dim() > MAX_RANK or not 0 < len(encoded) <= MAX_TENSOR_NAME_LENGTH:
+            raise WireError(f"tensor {name!r} of {tensor.dtype}, rank {tensor.dim()} has no place in a weights frame")
         _check_finite(name, tensor)
         entry = _TENSOR.pack(len(encoded), _DTYPES.index(tensor.dtype), tensor.dim()) + encoded
         entry += struct.pack(f"<{tensor.dim()}Q", *tensor.shape)

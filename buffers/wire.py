@@ -214,9 +214,7 @@ def _parse_json(view: memoryview) -> Any:
         raise WireError("header is not JSON") from None
 
 
-def _read_header(
-    header: Any, lengths: Sequence[int], limits: WireLimits
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _read_header(header: Any, lengths: Sequence[int], limits: WireLimits) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Check a header against table, limits and the frames' lengths; returns dtype and shape by name."""
     if lengths[0] > limits.max_header_bytes:
         raise WireError(f"header of {lengths[0]} bytes: at most {limits.max_header_bytes}")
@@ -268,9 +266,7 @@ def _read_tensors(
         for size, value in zip(layouts[name].sizes, shape, strict=True):
             _bind(bound, name, size, value, limits)
         if math.prod(shape) * DTYPES[dtype].itemsize != length:
-            raise WireError(
-                f"frame of {length} bytes for {name}: shape {shape} of {dtype} takes another length"
-            )
+            raise WireError(f"frame of {length} bytes for {name}: shape {shape} of {dtype} takes another length")
         found[name] = (dtype, tuple(shape))
     missing = [name for name, layout in layouts.items() if layout.required and name not in found]
     if missing:

@@ -47,7 +47,8 @@ def worker_main(run_root: str, role: str, index: int, epoch: int, seed: int, rol
         os.nice(EVALUATOR_NICE)
     log.info("%s: process %d, epoch %d, seed %d", name, os.getpid(), epoch, seed)
     code = _run(run, role, index, epoch, seed, role_function)
-    log.info("%s: exit code %d", name, code)
+    if code == 0:
+        log.info("%s: done", name)
     # A thread or an exit handler of a library must not hold the process.
     deadline = threading.Timer(EXIT_S, os._exit, (code,))
     deadline.daemon = True
@@ -76,6 +77,9 @@ def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_f
         return 0
     except Exception as error:
         traceback.print_exc()
+        if isinstance(error, TargetError) and error.__cause__ is not None:
+            # Last, as the supervisor shows the last lines: where in the user's code it happened.
+            traceback.print_exception(error.__cause__)
         fatal = isinstance(error, (ConfigError, TargetError))
         report = {"type": type(error).__name__, "message": str(error), "fatal": fatal}
         control.report("error", report)

@@ -44,7 +44,8 @@ def actor_fails(role: str, config: object, context: RoleContext) -> None:
 
 def target_fails(role: str, config: object, context: RoleContext) -> None:
     if role == "actor":
-        raise TargetError("target 'odd' raised ZeroDivisionError: division by zero")
+        error = ZeroDivisionError("division by zero")
+        raise TargetError(f"target 'odd' raised ZeroDivisionError: {error}") from error
     obey(role, config, context)
 
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from driftstream.buffers.channels import SeedRequest, StreamClient, StreamConfig, StreamError, StreamServer
 from driftstream.buffers.credits import Arrival, CreditLedger
 from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode
 from driftstream.envs.errors import ConfigError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -369,7 +370,9 @@ def test_a_killed_process_does_not_hold_up_the_stream(stream: Stream) -> None:
 @given(
     window=st.integers(1, 6),
     credits=st.integers(1, 3),
-    actions=st.lists(st.tuples(st.sampled_from("produce lose return restart consume".split()), st.integers(0, 3))),
+    actions=st.lists(
+        st.tuples(st.sampled_from(["produce", "lose", "return", "restart", "consume"]), st.integers(0, 3))
+    ),
 )
 def test_ledger_keeps_its_windows(window: int, credits: int, actions: list[tuple[str, int]]) -> None:
     ledger = CreditLedger(credits, window)
@@ -443,7 +446,7 @@ def test_at_most_two_windows_pass_between_ticket_and_use(window: int, credits: i
 def test_the_window_follows_from_the_staleness() -> None:
     assert StreamConfig(max_staleness=0).max_outstanding() == 1
     assert StreamConfig(max_staleness=0).max_outstanding(2) == 1
-    for staleness in range(0, 40):
+    for staleness in range(40):
         for steps in (1, 2, 3):
             window = StreamConfig(max_staleness=staleness).max_outstanding(steps)
             assert window == 1 or 2 * (window - 1) * steps + steps - 1 <= staleness

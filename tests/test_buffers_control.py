@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import zmq
+
 from driftstream.buffers.control import (
     MAX_REPORT_BYTES,
     ControlClient,

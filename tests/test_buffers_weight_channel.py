@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zmq
+
 from driftstream.buffers.weight_channel import WeightPublisher, WeightSubscriber
 from driftstream.buffers.weights_wire import WeightSnapshot, encode_weights
 from driftstream.buffers.wire import WireError, WireLimits

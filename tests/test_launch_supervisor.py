@@ -174,6 +174,7 @@ def test_a_failing_target_ends_the_run_at_once(run: Run) -> None:
     assert code == 1
     assert cause == "actor-0 ended: TargetError: target 'odd' raised ZeroDivisionError: division by zero"
     assert not any("restarted" in text for text in run.events)
+    assert "actor-0 | ZeroDivisionError: division by zero" in run.events
 
 
 @pytest.mark.parametrize("how", ["raises", "killed"])
