@@ -19,7 +19,7 @@ from typing import Any, Self
 import zmq
 
 from driftstream.buffers import sockets
-from driftstream.buffers.wire import is_integer, is_name
+from driftstream.buffers.checks import is_integer, is_name
 
 MAX_REPORT_BYTES = 2**20
 MAX_QUEUED_REPORTS = 10_000

@@ -11,9 +11,10 @@ import zmq
 from torch import Tensor
 
 from driftstream.buffers import sockets
+from driftstream.buffers.checks import is_integer
 from driftstream.buffers.credits import Arrival, CreditLedger
 from driftstream.buffers.stream_config import SeedRequest, StreamConfig, StreamError
-from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode, is_integer
+from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode
 from driftstream.envs.errors import require
 
 logger = logging.getLogger(__name__)

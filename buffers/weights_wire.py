@@ -13,16 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from driftstream.buffers.checks import MAX_INTEGER, MAX_NAME_LENGTH, is_integer
 from driftstream.buffers.wire import (
-    MAX_INTEGER,
-    MAX_NAME_LENGTH,
     Buffer,
     WireError,
     WireLimits,
     byte_view,
     checksum,
     is_finite,
-    is_integer,
     tensor_bytes,
     view_tensor,
 )

@@ -16,12 +16,13 @@ import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import zmq
 from torch import Tensor
 
+from driftstream.buffers.checks import MAX_INTEGER, is_integer, is_name
 from driftstream.envs.errors import require
 
 Buffer = bytes | bytearray | memoryview | zmq.Frame
@@ -29,9 +30,7 @@ Buffer = bytes | bytearray | memoryview | zmq.Frame
 MAGIC = "driftstream"
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-MAX_NAME_LENGTH = 64
 MAX_COUNTERS = 64
-MAX_INTEGER = 2**63 - 1
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("driftstream's wire format is little-endian; this machine is not")
@@ -189,22 +188,6 @@ def view_tensor(view: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> T
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is finite: one pass by the sum, a second only where the sum itself overflows."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def is_integer(value: object, least: int = 0) -> TypeGuard[int]:
-    """Whether `value` is an `int` (not a bool) in [least, 2^63)."""
-    return type(value) is int and least <= value <= MAX_INTEGER
-
-
-def is_name(value: object) -> bool:
-    """Whether `value` is a printable ASCII name of at most `MAX_NAME_LENGTH` characters, without blanks."""
-    return (
-        isinstance(value, str)
-        and 0 < len(value) <= MAX_NAME_LENGTH
-        and value.isascii()
-        and value.isprintable()
-        and " " not in value
-    )
 
 
 def _parse_json(view: memoryview) -> Any:

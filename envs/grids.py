@@ -51,9 +51,7 @@ def make_grid(
     """times [T+1] with exact ends 0 and 1, newly drawn if random; ConfigError while T is unresolved."""
     steps = config.sampling_steps
     if steps is None:
-        raise ConfigError(
-            "grid.sampling_steps", None, "a number of steps (the configuration is not resolved)"
-        )
+        raise ConfigError("grid.sampling_steps", None, "a number of steps (the configuration is not resolved)")
     if config.kind == "random":
         return random_grid(steps, generator, device, dtype)
     return uniform_grid(steps, device, dtype)

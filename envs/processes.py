@@ -96,9 +96,7 @@ class BrownianProcess:
         log_pb = -0.5 * (residual.square().sum(-1) / variance + log_scale)
         return torch.nn.functional.pad(log_pb, (1, 0))
 
-    def sample_bridge(
-        self, terminal: Tensor, times: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample_bridge(self, terminal: Tensor, times: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Paths of P_B that end in terminal [B, D]: states [B, T+1, D], drawn without a loop over steps.
 
         x_0 = 0 and x_T = terminal exactly. Gradients flow to terminal. A Brownian motion W, tilted to

@@ -50,9 +50,7 @@ class DiffusionSamplingEnv(EnvBase):
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
         batch_size = self.batch_size[0]
-        state = self.process.sample_prior(
-            batch_size, self.target.dim, self._generator, self.device, self.times.dtype
-        )
+        state = self.process.sample_prior(batch_size, self.target.dim, self._generator, self.device, self.times.dtype)
         step = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         return TensorDict({"state": state, "step": step}, batch_size=self.batch_size, device=self.device)
 

@@ -22,14 +22,11 @@ class ManyWell(Target):
     plot_range = (-3.0, 3.0)
 
     def __init__(self, dim: int = 32) -> None:
-        require(
-            isinstance(dim, int) and dim >= 2 and dim % 2 == 0, "dim", dim, "an even integer of at least 2"
-        )
+        require(isinstance(dim, int) and dim >= 2 and dim % 2 == 0, "dim", dim, "an even integer of at least 2")
         self.dim = dim
         # log R is a sum over coordinates of x (linear + x (square + quartic x²)), whichever kind they are.
         linear, square, quartic = (
-            torch.tensor(pair, dtype=torch.float64).repeat(dim // 2)
-            for pair in ((0.5, 0.0), (6.0, -0.5), (-1.0, 0.0))
+            torch.tensor(pair, dtype=torch.float64).repeat(dim // 2) for pair in ((0.5, 0.0), (6.0, -0.5), (-1.0, 0.0))
         )
         self._constants = Constants(linear, square, quartic, 2 * square, 4 * quartic)
 

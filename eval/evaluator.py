@@ -58,9 +58,7 @@ class Evaluator:
         if self._floor is None and self.config.w2_samples:
             self._floor = wasserstein2_floor(self.target, self.config.w2_samples, generator)
         generator.manual_seed(self._seed + 1)
-        return evaluate_sampler(
-            self.policy, self.process, self.target, self.times, self.config, generator, self._floor
-        )
+        return evaluate_sampler(self.policy, self.process, self.target, self.times, self.config, generator, self._floor)
 
     def evaluate_checkpoint(self, run_dir: Path, checkpoint: Path | None = None) -> tuple[Evaluation, dict]:
         """Evaluate the averaged weights of a checkpoint (default: the newest whole one).

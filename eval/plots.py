@@ -173,9 +173,7 @@ _PANELS = (
 )
 
 
-def plot_training_curves(
-    metrics_path: Path, path: Path, last: Mapping[str, float] | None = None
-) -> Path | None:
+def plot_training_curves(metrics_path: Path, path: Path, last: Mapping[str, float] | None = None) -> Path | None:
     """Draws a run's `metrics.jsonl` over learner steps, in panels; those without data are left out.
 
     Panels: log Z and its bounds, loss, effective sample size, W2 and its floor, mode coverage, throughput.

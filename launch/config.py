@@ -23,6 +23,7 @@ from driftstream.envs.processes import ProcessConfig
 from driftstream.envs.targets import make_target
 from driftstream.eval.evaluation import EvalConfig
 from driftstream.eval.monitor import MonitorConfig
+from driftstream.launch.plan import SupervisorConfig
 from driftstream.learner.checkpoint import CheckpointConfig
 from driftstream.learner.learner import LearnerConfig
 from driftstream.learner.limits import LimitsConfig
@@ -30,26 +31,6 @@ from driftstream.learner.objectives import ObjectiveConfig
 from driftstream.learner.optim import OptimConfig
 
 Option = int | float | bool | str
-
-
-@dataclass(frozen=True)
-class SupervisorConfig:
-    """How roles are watched: a silent one is killed, a dead one restarted, each within a budget."""
-
-    heartbeat_s: float = 0.5
-    heartbeat_timeout_s: float = 4.0
-    max_restarts: int = 5
-    restart_delay_s: float = 0.2
-    drain_s: float = 8.0
-
-    def __post_init__(self) -> None:
-        for name in ("heartbeat_s", "restart_delay_s", "drain_s"):
-            value = getattr(self, name)
-            require(value > 0, f"supervisor.{name}", value, "a positive number of seconds")
-        allowed = f"more than twice heartbeat_s = {self.heartbeat_s}"
-        timeout = self.heartbeat_timeout_s
-        require(timeout > 2 * self.heartbeat_s, "supervisor.heartbeat_timeout_s", timeout, allowed)
-        require(self.max_restarts >= 0, "supervisor.max_restarts", self.max_restarts, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ STARTS_A_LAUNCH = 1000
 """Epochs are counted on from here in each later launch of a run, so that a resumed run repeats none."""
 FIRST_REPORT_S = 20.0
 """A new process may import and compile for this long before it counts as silent."""
+_MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 FORK_SERVER_GONE = 255
 """The exit code that `multiprocessing` makes up for children of a fork server that has died."""
 
@@ -55,15 +56,20 @@ def _inherited_settings() -> Iterator[None]:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The resource tracker would speak last on the screen, about semaphores of roles that were killed.
     warnings = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (warnings, "ignore:resource_tracker:UserWarning")))
+    settings = {"PYTHONWARNINGS": ",".join(filter(None, (warnings, "ignore:resource_tracker:UserWarning")))}
+    # glibc would give the pages of large temporary tensors back at once, and fault them in again in every update.
+    settings |= {name: os.environ.get(name, "1000000000") for name in _MALLOC_SETTINGS}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if warnings is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = warnings
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class RoleProcess:

@@ -3,6 +3,7 @@
 The components are the same whether every role has a process of its own or all of them share one (`--sync`).
 """
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,9 @@ from driftstream.launch.config import RunConfig
 from driftstream.launch.seeding import derive_seed
 from driftstream.learner.learner import Learner
 from driftstream.learner.role import run_learner
+
+# It announces the allocation of every replay memory.
+logging.getLogger("torchrl").setLevel(logging.WARNING)
 
 
 def resolve_device(device: str) -> torch.device:

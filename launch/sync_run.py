@@ -47,9 +47,7 @@ def train_sync(
     evaluator = build_evaluator(config)
     evaluated_at = time.monotonic()
 
-    def report(
-        metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float
-    ) -> None:
+    def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
         nonlocal evaluated_at
         monitor.log(metrics, step, wall_s, energy_evaluations)
         show({**metrics, "step": step, "progress": progress})

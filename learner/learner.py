@@ -92,7 +92,7 @@ class Learner:
         """Update from a batch of trajectories, and keep their terminal states for replay and seeding."""
         states, log_reward = batch["states"], batch["log_reward"]
         self.terminals.add(states[:, -1], log_reward)
-        scores = batch["scores"] if "scores" in batch else None
+        scores = batch.get("scores", None)
         return self._update(states, batch["times"][0], log_reward, scores, progress)
 
     def learn_replayed(self, progress: float) -> dict[str, Tensor | float]:

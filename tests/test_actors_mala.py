@@ -24,9 +24,7 @@ def test_golden_values(golden: Golden, name: str, dtype: torch.dtype, rel: float
     log_reward, score = target.log_reward_and_score(x)
     proposal = mala_proposal(x, score, step_size, noise)
     np.testing.assert_allclose(proposal, values[f"{name}_proposal"], rtol=rel, atol=rel)
-    log_accept = mala_log_accept(
-        x, log_reward, score, proposal, *target.log_reward_and_score(proposal), step_size
-    )
+    log_accept = mala_log_accept(x, log_reward, score, proposal, *target.log_reward_and_score(proposal), step_size)
     np.testing.assert_allclose(log_accept, values[f"{name}_log_accept"], rtol=rel, atol=10 * rel)
 
 

@@ -95,9 +95,7 @@ def test_exploration_widens_the_paths_and_not_the_score() -> None:
     # The untrained policy scores the widened paths as plain Brownian ones.
     log_pf, _ = score_trajectories(policy, process, wide["states"], times)
     step = torch.distributions.Normal(0.0, math.sqrt(5.0 / 20))
-    torch.testing.assert_close(
-        log_pf, step.log_prob(wide["states"].diff(dim=1)).sum(-1), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(log_pf, step.log_prob(wide["states"].diff(dim=1)).sum(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_tb_residual_vanishes_for_the_optimal_drift_of_a_gaussian() -> None:

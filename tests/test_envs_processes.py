@@ -159,9 +159,7 @@ def test_a_step_has_the_stated_mean_and_variance() -> None:
     process = BrownianProcess(2.0)
     x, drift, noise, log_var = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0)).double()
     for dt in (0.25, torch.tensor(0.25)):
-        torch.testing.assert_close(
-            process.step(x, drift, dt, noise), x + 0.25 * drift + math.sqrt(0.5) * noise
-        )
+        torch.testing.assert_close(process.step(x, drift, dt, noise), x + 0.25 * drift + math.sqrt(0.5) * noise)
         std = ((2.0 * log_var.exp() + 4.0) * 0.25).sqrt()
         torch.testing.assert_close(
             process.step(x, drift, dt, noise, log_var, extra_variance=4.0), x + 0.25 * drift + std * noise
@@ -208,9 +206,7 @@ def test_bridges_have_the_law_of_the_sequential_sampler(kind: str) -> None:
 def test_bridges_start_at_0_and_end_where_they_must(sampling_steps: int, dtype: torch.dtype) -> None:
     process, times = BrownianProcess(5.0), uniform_grid(sampling_steps)
     terminal = 10 * torch.randn(8, 3, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    first, again = (
-        process.sample_bridge(terminal, times, torch.Generator().manual_seed(1)) for _ in range(2)
-    )
+    first, again = (process.sample_bridge(terminal, times, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, again)
     assert first.dtype == dtype
     assert first.shape == (8, sampling_steps + 1, 3)
