@@ -13,13 +13,15 @@ from driftstream.actors.rollout import rollout
 from driftstream.actors.weights import PolicySubscriber
 from driftstream.buffers.channels import StreamClient, StreamConfig
 from driftstream.buffers.control import RoleContext
-from driftstream.envs.errors import require
-from driftstream.envs.grids import GridConfig, make_grid
+from driftstream.envs.errors import TargetError, require
+from driftstream.envs.grids import GridConfig, make_grid, uniform_grid
 from driftstream.envs.processes import BrownianProcess
 from driftstream.envs.targets import CountedTarget
 
 POLL_S = 0.2
 REPORT_S = 2.0
+HOPELESS_BATCHES = 100
+"""After so many batches in a row without one usable trajectory the target is taken to be undefined everywhere."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class ExplorationActor:
         self.batch_size = batch_size
         self.generator = generator
         self.rejected = 0
+        self._empty_in_a_row = 0
 
     def generate(self, progress: float) -> TensorDict:
         """A batch of trajectories `[B]` for the learner's `progress` in [0, 1].
 
         Trajectories whose reward or states are not finite are left out and counted in `rejected`, so that the
         batch may be smaller than asked for, down to empty.
+
+        Raises:
+            TargetError: the target raises, or many batches in a row were empty.
         """
         times = make_grid(self.grid, generator=self.generator, device=self.generator.device)
         batch = rollout(
@@ -76,13 +82,21 @@ class ExplorationActor:
         if not bool(finite.all()):
             self.rejected += int((~finite).sum())
             batch = batch[finite]
+        self._empty_in_a_row = 0 if len(batch) else self._empty_in_a_row + 1
+        if self._empty_in_a_row == HOPELESS_BATCHES:
+            raise TargetError(
+                f"target {self.target.name!r}: every trajectory has an undefined log reward "
+                f"({HOPELESS_BATCHES} batches of {self.batch_size} in a row)"
+            )
         return batch
 
 
 def as_message(batch: TensorDict) -> dict[str, Tensor]:
     """Tensors of a trajectories message: as in the batch, but the shared grid once, `times [T+1]`."""
     tensors = {key: batch[key] for key in ("states", "log_reward", "scores") if key in batch}
-    return {**tensors, "times": batch["times"][0]}
+    # Without a row there is no grid to share, and any of its length will do.
+    times = batch["times"][0] if len(batch) else uniform_grid(batch["times"].shape[1] - 1)
+    return {**tensors, "times": times}
 
 
 class CallMeter:
@@ -115,14 +129,13 @@ def run_actor(context: RoleContext, actor: ExplorationActor, stream: StreamConfi
             if version is None or not weights.update(POLL_S, min_version=version):
                 continue
             batch = actor.generate(weights.progress)
-            if len(batch):
-                counters = {
-                    "energy_evaluations": meter.spent(),
-                    "rejected": actor.rejected - reported_rejects,
-                }
-                reported_rejects = actor.rejected
-                made += len(batch)
-                client.send("trajectories", as_message(batch), weights.version, counters)
+            counters = {
+                "energy_evaluations": meter.spent(),
+                "rejected": actor.rejected - reported_rejects,
+            }
+            reported_rejects = actor.rejected
+            made += len(batch)
+            client.send("trajectories", as_message(batch), weights.version, counters)
             now = time.monotonic()
             if now - since >= REPORT_S:
                 context.report_metrics(

@@ -68,7 +68,8 @@ def mala_log_accept(
     backward = (x - proposal).sub_(proposal_score, alpha=step_size)
     log_q_ratio = (forward.square_().sum(-1) - backward.square_().sum(-1)) / (4.0 * step_size)
     log_accept = (beta * (proposal_log_reward - log_reward) + log_q_ratio).clamp_max_(0.0)
-    return log_accept.nan_to_num_(nan=-math.inf)
+    defined = proposal_log_reward.isfinite() & log_q_ratio.isfinite()
+    return log_accept.masked_fill_(~defined, -math.inf)
 
 
 @dataclass(frozen=True)

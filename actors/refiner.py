@@ -1,7 +1,6 @@
 """The refiner: MALA chains from the learner's terminal states, as a component and as a process."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,14 +19,12 @@ class RefinerConfig:
 
     count: int = 1
     threads: int = 1
-    kernel: Literal["mala"] = "mala"
     every: int = 100
     mala: MalaConfig = field(default_factory=MalaConfig)
 
     def __post_init__(self) -> None:
         require(self.count >= 0, "refiner.count", self.count, "0 or more")
         require(self.threads >= 1, "refiner.threads", self.threads, "at least 1")
-        require(self.kernel == "mala", "refiner.kernel", self.kernel, "'mala'")
         require(self.every >= 1, "refiner.every", self.every, "at least 1 learner step")
 
 

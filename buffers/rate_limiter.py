@@ -5,6 +5,8 @@ from typing import Literal
 
 from driftstream.envs.errors import require
 
+Kind = Literal["fresh", "replay"]
+
 
 class RateLimiter:
     """Decides whether the learner's next batch is fresh or replayed, so that replayed : fresh = `ratio`.
@@ -21,19 +23,23 @@ class RateLimiter:
         self._fresh = 0
         self._replayed = 0
 
-    def next(self, replay_size: int) -> Literal["fresh", "replay"]:
-        """The kind of the next batch, which is thereby counted; `replay_size` is in states."""
-        if replay_size < self.minimum:
-            return "fresh"
+    def next(self, replay_size: int) -> Kind:
+        """The kind of the next batch, while replay holds `replay_size` states; `used` counts it."""
         # The slack keeps 0.29 * 100 = 28.999... from delaying a batch.
-        if self._replayed + 1 <= self.ratio * self._fresh + 1e-9:
+        due = self._replayed + 1 <= self.ratio * self._fresh + 1e-9
+        return "replay" if due and replay_size >= self.minimum else "fresh"
+
+    def used(self, kind: Kind, replay_size: int) -> None:
+        """Count the batch that `next(replay_size)` asked for, once it is trained on."""
+        if kind == "replay":
             self._replayed += 1
-            return "replay"
-        self._fresh += 1
-        return "fresh"
+        elif replay_size >= self.minimum:
+            self._fresh += 1
 
-    def state_dict(self) -> dict[str, int]:
-        return {"fresh": self._fresh, "replayed": self._replayed}
+    def state_dict(self) -> dict[str, float]:
+        return {"ratio": self.ratio, "fresh": self._fresh, "replayed": self._replayed}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._fresh, self._replayed = int(state["fresh"]), int(state["replayed"])
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from `state_dict`; counts made at another ratio are dropped, as they would bring a burst."""
+        same = state["ratio"] == self.ratio
+        self._fresh, self._replayed = (int(state[name]) if same else 0 for name in ("fresh", "replayed"))

@@ -34,14 +34,14 @@ class ReplayConfig:
     minimum: int = 300
 
     def __post_init__(self) -> None:
-        require(self.capacity >= 1, "capacity", self.capacity, "at least 1")
-        kinds, sources = get_args(Prioritization), get_args(Source)
-        require(self.prioritization in kinds, "prioritization", self.prioritization, f"one of {', '.join(kinds)}")
-        require(self.source in sources, "source", self.source, f"one of {', '.join(sources)}")
-        require(self.rank_k > 0 and math.isfinite(self.rank_k), "rank_k", self.rank_k, "a positive number")
-        require(self.ratio >= 0 and math.isfinite(self.ratio), "ratio", self.ratio, "a finite number, at least 0")
+        require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1")
+        kind, kinds, sources = self.prioritization, get_args(Prioritization), get_args(Source)
+        require(kind in kinds, "replay.prioritization", kind, f"one of {', '.join(kinds)}")
+        require(self.source in sources, "replay.source", self.source, f"one of {', '.join(sources)}")
+        require(self.rank_k > 0 and math.isfinite(self.rank_k), "replay.rank_k", self.rank_k, "a positive number")
+        require(0 <= self.ratio < math.inf, "replay.ratio", self.ratio, "a finite number, at least 0")
         in_range = 1 <= self.minimum <= self.capacity
-        require(in_range, "minimum", self.minimum, f"between 1 and the capacity {self.capacity}")
+        require(in_range, "replay.minimum", self.minimum, f"between 1 and replay.capacity, {self.capacity}")
 
 
 class TerminalReplay:

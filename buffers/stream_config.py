@@ -53,14 +53,15 @@ class StreamConfig:
             return check_endpoint(f"ipc://{directory / name}", "endpoint")
         return f"tcp://{self.host}:*"
 
-    def max_outstanding(self, steps_per_batch: float = 1.0) -> int:
-        """Width of the ticket window that holds `max_staleness` at so many learner steps a fresh batch.
+    def max_outstanding(self, steps_per_batch: int = 1, publish_every: int = 1) -> int:
+        """Width of the ticket window that holds `max_staleness`; 0 where only lock-step does.
 
-        From a ticket's hand-out to the step on its batch pass at most 2 (width - 1) other fresh batches with
-        their replayed ones, and the replayed ones that follow the batch before it.
+        `steps_per_batch` is the most learner steps from one fresh batch to the next. Weights are published every
+        `publish_every` steps, so a ticket's batch starts that much behind; from then on at most 2 (width - 1) other
+        fresh batches are consumed before it, each with the replayed ones that follow it.
         """
-        spare = self.max_staleness - (steps_per_batch - 1)
-        return 1 + max(0, int(spare / (2 * steps_per_batch)))
+        spare = self.max_staleness - publish_every - (steps_per_batch - 1)
+        return 0 if spare < 0 else 1 + spare // (2 * steps_per_batch)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class StreamServer:
         max_outstanding: int | None = None,
         version: int = 0,
     ) -> None:
-        window = config.max_outstanding() if max_outstanding is None else max_outstanding
+        window = max(1, config.max_outstanding()) if max_outstanding is None else max_outstanding
         require(type(window) is int and window >= 1, "max_outstanding", window, "an integer of at least 1")
         self._config = config
         self._limits = limits or WireLimits(max_message_bytes=config.max_message_bytes)

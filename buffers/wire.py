@@ -260,8 +260,8 @@ def _read_tensors(
 def _bind(bound: dict[str, int], tensor: str, size: str, value: Any, limits: WireLimits) -> None:
     symbol, _, plus = size.partition("+")
     most = {"B": limits.max_rows, "N": limits.max_rows, "T": limits.max_steps, "D": limits.max_dim}[symbol]
-    # A refiner whose chains accepted nothing still reports its counters, with N = 0.
-    least = 0 if symbol == "N" else 1
+    # Who has nothing to send but its counters (all rejected, none accepted) sends no rows.
+    least = 0 if symbol in "BN" else 1
     if type(value) is not int or not least <= value - int(plus or 0) <= most:
         raise WireError(f"{size} = {_show(value)} of {tensor}: {symbol} is an integer from {least} to {most}")
     if bound.setdefault(symbol, value - int(plus or 0)) != value - int(plus or 0):

@@ -6,12 +6,12 @@ from typing import Any
 
 from driftstream.envs.errors import ConfigError, TargetError, require
 from driftstream.envs.registry import Registry, load_object
-from driftstream.envs.targets_base import CountedTarget, Target
+from driftstream.envs.targets_base import CountedTarget, Target, unwrap
 from driftstream.envs.targets_funnel import easy_funnel, funnel
 from driftstream.envs.targets_gmm import gmm9, gmm25
 from driftstream.envs.targets_manywell import ManyWell
 
-__all__ = ["TARGETS", "CountedTarget", "Target", "make_target", "target_names"]
+__all__ = ["TARGETS", "CountedTarget", "Target", "make_target", "target_names", "unwrap"]
 
 TARGETS: Registry[Callable[..., Target]] = Registry("target")
 TARGETS.register("gmm9")(gmm9)

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ R = TypeVar("R")
 class Target(ABC):
     """An unnormalised density R(x) on R^dim, known through log R and its gradient.
 
-    A subclass sets `dim` and writes `log_reward`; everything else has a default.
+    A subclass sets `dim` and writes `log_reward`; everything else has a default. Where `score` is written too, it is
+    what every gradient comes from, and `log_reward` need not be differentiable.
+    x comes as float32: on the CPU in the processes of actors, refiners and the evaluator, on the learner's device where
+    the learner's process evaluates the target (Langevin policies, on-policy data, `--sync`). Only `--dry-run` tries
+    float64 too, and does without.
     `diffusion_variance` (σ², per unit of time) is a suggestion to the sampler, used where the configuration leaves
     it open.
     """
@@ -31,14 +35,25 @@ class Target(ABC):
 
     @abstractmethod
     def log_reward(self, x: Tensor) -> Tensor:
-        """log R(x), the unnormalised log density or minus the energy: x [..., D] -> [...]; differentiable."""
+        """log R(x), the unnormalised log density or minus the energy: x [..., D] -> [...]; differentiable
+        where `score` is left to its default."""
 
     def score(self, x: Tensor) -> Tensor:
         """∇ log R(x): x [..., D] -> [..., D]; works under no_grad, differentiable where x requires grad."""
-        return self.log_reward_and_score(x)[1]
+        # A subclass's `score` may call this one, which must not lead back to it.
+        return (self._by_autograd(x) if self._writes_score() else self.log_reward_and_score(x))[1]
 
     def log_reward_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(log R(x) [...], ∇ log R(x) [..., D]) in one pass, for less than the two apart."""
+        """(log R(x) [...], ∇ log R(x) [..., D]) in one pass, for less than the two apart.
+
+        By default a subclass's own `score` is asked, so that it must not call this.
+        """
+        return (self.log_reward(x), self.score(x)) if self._writes_score() else self._by_autograd(x)
+
+    def _writes_score(self) -> bool:
+        return type(self).score is not Target.score
+
+    def _by_autograd(self, x: Tensor) -> tuple[Tensor, Tensor]:
         differentiable = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
             leaf = x if differentiable else x.detach().requires_grad_()
@@ -151,11 +166,10 @@ class CountedTarget(Target):
             )
         return value if value.dtype == x.dtype else value.to(x.dtype)
 
-    def __getattr__(self, attribute: str) -> Any:
-        # What only some targets have (a mixture's means, a well's mass) is read through the wrapper.
-        if attribute == "target" or attribute.startswith("_"):
-            raise AttributeError(attribute)
-        return getattr(self.target, attribute)
+
+def unwrap(target: Target) -> Target:
+    """The target inside a CountedTarget: its evaluations are not counted, and its type tells what it is."""
+    return target.target if isinstance(target, CountedTarget) else target
 
 
 def _sums_to_finite(values: Tensor) -> bool:

@@ -29,9 +29,9 @@ _BATCH = 500
 class EvalConfig:
     """How a sampler is evaluated; raises ConfigError for a field out of range.
 
-    `samples` trajectories give the estimates, the first `w2_samples` of them the distance (cubic in time; 0
-    leaves it out). `every_s` is the least time between two evaluations during training. `sampling_steps` None
-    evaluates on as many steps as in training.
+    `samples` trajectories give the estimates, the first `w2_samples` of them (at most all) the distance, which is
+    cubic in time; 0 leaves it out. `every_s` is the least time between two evaluations during training.
+    `sampling_steps` None evaluates on as many steps as in training.
     """
 
     samples: int = 2000
@@ -40,12 +40,16 @@ class EvalConfig:
     sampling_steps: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.samples >= 1, "samples", self.samples, "at least 1")
-        require(self.every_s >= 0, "every_s", self.every_s, "at least 0 seconds")
-        in_range = 0 <= self.w2_samples <= self.samples
-        require(in_range, "w2_samples", self.w2_samples, f"between 0 and the {self.samples} samples")
+        require(self.samples >= 1, "eval.samples", self.samples, "at least 1")
+        require(self.every_s >= 0, "eval.every_s", self.every_s, "at least 0 seconds")
+        require(self.w2_samples >= 0, "eval.w2_samples", self.w2_samples, "at least 0")
         steps = self.sampling_steps
-        require(steps is None or steps >= 1, "sampling_steps", steps, "at least 1")
+        require(steps is None or steps >= 1, "eval.sampling_steps", steps, "at least 1")
+
+    @property
+    def distance_samples(self) -> int:
+        """How many samples the distance takes."""
+        return min(self.w2_samples, self.samples)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def evaluate_sampler(
     out but for the importance estimate and the effective sample size, where they have weight 0. No gradients.
     """
     config = config or EvalConfig()
-    samples, log_weight = _draw(policy, process, target, times, config.samples, generator)
+    samples, _, log_weight = draw(policy, process, target, times, config.samples, generator)
     finite = log_weight.isfinite() & samples.isfinite().all(-1)
     metrics = {"eval/nonfinite": float((~finite).sum())}
     weight_or_zero = log_weight.masked_fill(~finite, -math.inf)
@@ -89,8 +93,7 @@ def evaluate_sampler(
         metrics["eval/log_z_upper_bound"] = upper
         if len(samples):
             metrics["eval/elbo_eubo_gap"] = upper - metrics["eval/log_z_lower_bound"]
-            if config.w2_samples:
-                n = config.w2_samples
+            if n := config.distance_samples:
                 metrics["eval/w2"] = wasserstein2(samples[:n], exact[:n])
                 if w2_floor is not None:
                     metrics["eval/w2_floor"] = w2_floor
@@ -110,22 +113,29 @@ def _weight_metrics(log_weight: Tensor, weight_or_zero: Tensor, log_z: float | N
     return metrics
 
 
-def _draw(
+@torch.no_grad()
+def draw(
     policy: DiffusionPolicy,
     process: BrownianProcess,
     target: Target,
     times: Tensor,
     n: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """n samples [n,D] of the policy and their log weights [n]."""
-    samples, log_weights = [], []
-    for start in range(0, n, _BATCH):
-        paths = rollout(policy, process, target, times, min(_BATCH, n - start), generator=generator)
-        log_pf, log_pb = score_trajectories(policy, process, paths["states"], times, paths.get("scores", None))
-        samples.append(paths["states"][:, -1])
-        log_weights.append(_log_weight(paths["log_reward"], log_pf, log_pb))
-    return torch.cat(samples), torch.cat(log_weights)
+    generator: torch.Generator | None = None,
+    batch_size: int = _BATCH,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """n samples [n,D] of the policy, their log rewards [n] and log importance weights [n] (float64).
+
+    At most `batch_size` trajectories on the grid `times` [T+1] are held at a time. No gradients.
+    """
+    batches = []
+    for start in range(0, n, batch_size):
+        paths = rollout(policy, process, target, times, min(batch_size, n - start), generator=generator)
+        states, log_reward = paths["states"], paths["log_reward"]
+        log_pf, log_pb = score_trajectories(policy, process, states, times, paths.get("scores", None))
+        # A view of the last states would keep the whole paths.
+        batches.append((states[:, -1].clone(), log_reward, _log_weight(log_reward, log_pf, log_pb)))
+    samples, log_rewards, log_weights = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return samples, log_rewards, log_weights
 
 
 def _log_weight_of_exact(

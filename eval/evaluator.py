@@ -1,8 +1,9 @@
 """The evaluator: scores published weights during training, and the last checkpoint at the end."""
 
 import json
+import logging
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,12 +17,18 @@ from driftstream.envs.processes import BrownianProcess
 from driftstream.envs.targets import CountedTarget
 from driftstream.eval.distances import wasserstein2_floor
 from driftstream.eval.evaluation import EvalConfig, Evaluation, evaluate_sampler
-from driftstream.eval.plots import plot_samples, plot_training_curves
+from driftstream.eval.monitor import METRICS_FILE, json_safe
+from driftstream.eval.plots import DensityCache, plot_samples, plot_training_curves
 from driftstream.learner.checkpoint import load_checkpoint, load_latest
+
+RESULTS_FILE, CHECKPOINTS, PLOTS = "results.json", "checkpoints", "plots"
+"""Where a run directory holds them."""
 
 POLL_S = 0.2
 DUTY = 0.1
 """Largest share of the time that the evaluator works during training, so that it leaves the cores to the others."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -47,6 +54,7 @@ class Evaluator:
         # Random grids are for training; one sampler is evaluated on one grid.
         self.times: Tensor = make_grid(GridConfig("uniform", steps), device=device)
         self._floor: float | None = None
+        self._densities: DensityCache = {}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of a policy."""
@@ -55,8 +63,8 @@ class Evaluator:
     def evaluate(self) -> Evaluation:
         """Evaluate the policy as it is; every call draws the same random numbers."""
         generator = torch.Generator(self.device).manual_seed(self._seed)
-        if self._floor is None and self.config.w2_samples:
-            self._floor = wasserstein2_floor(self.target, self.config.w2_samples, generator)
+        if self._floor is None and self.config.distance_samples:
+            self._floor = wasserstein2_floor(self.target, self.config.distance_samples, generator)
         generator.manual_seed(self._seed + 1)
         return evaluate_sampler(self.policy, self.process, self.target, self.times, self.config, generator, self._floor)
 
@@ -69,9 +77,14 @@ class Evaluator:
         return self.evaluate(), position
 
     def load_checkpoint(self, run_dir: Path, checkpoint: Path | None = None) -> dict[str, float]:
-        """Load the averaged weights of a checkpoint; returns the position in training."""
+        """Load the averaged weights of a checkpoint; returns the position in training.
+
+        Newer checkpoints that are damaged are passed over with a warning for each.
+        """
         if checkpoint is None:
-            state, _ = load_latest(run_dir / "checkpoints", groups=("ema",))
+            state, damaged = load_latest(run_dir / CHECKPOINTS, groups=("ema",))
+            for error in damaged:
+                _LOG.warning("checkpoint skipped: %s", error)
         else:
             state = load_checkpoint(checkpoint, groups=("ema",))
         self.load(state.groups["ema"])
@@ -82,25 +95,40 @@ class Evaluator:
             "energy_evaluations": numbers["energy_evaluations"],
         }
 
+    def plot(self, samples: Tensor, run_dir: Path) -> dict[str, str]:
+        """Plot samples [N,D] over the target's contours into the run directory; returns the image by its name.
+
+        Where that fails, as it may in a target's own code, it returns {} with a warning.
+        """
+        path = run_dir / PLOTS / "samples.png"
+        return _image("plots/samples", lambda: plot_samples(self.target, samples, path, self._densities))
+
 
 def final_evaluation(evaluator: Evaluator, run_dir: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Evaluate the last checkpoint, write results.json and the plots; returns metrics and images by name."""
     evaluation, position = evaluator.evaluate_checkpoint(run_dir)
     metrics = {**evaluation.metrics, "eval/energy_evaluations": position["energy_evaluations"]}
     results = {**position, **metrics}
-    partial = run_dir / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.rename(run_dir / "results.json")
-    images = {"plots/samples": str(draw_samples(evaluator, evaluation.samples, run_dir))}
-    if (run_dir / "metrics.jsonl").exists():
-        curves = plot_training_curves(run_dir / "metrics.jsonl", run_dir / "plots" / "training.png", last=results)
-        images["plots/training"] = str(curves)
+    figures = json_safe(results)
+    partial = run_dir / f"{RESULTS_FILE}.partial"
+    partial.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    partial.rename(run_dir / RESULTS_FILE)
+    images = evaluator.plot(evaluation.samples, run_dir)
+    metrics_path = run_dir / METRICS_FILE
+    if metrics_path.exists():
+        path = run_dir / PLOTS / "training.png"
+        images |= _image("plots/training", lambda: plot_training_curves(metrics_path, path, last=figures))
     return results, images
 
 
-def draw_samples(evaluator: Evaluator, samples: Tensor, run_dir: Path) -> Path:
-    """Plot samples over the target's contours into the run directory."""
-    return plot_samples(evaluator.target, samples, run_dir / "plots" / "samples.png")
+def _image(name: str, draw: Callable[[], Path | None]) -> dict[str, str]:
+    """The image by its name; {} where there is nothing to draw, or where drawing failed, which is a warning."""
+    try:
+        path = draw()
+    except Exception as error:
+        _LOG.warning("%s is not drawn (%s: %s)", name, type(error).__name__, error)
+        return {}
+    return {} if path is None else {name: str(path)}
 
 
 def run_evaluator(context: RoleContext, evaluator: Evaluator) -> None:
@@ -131,8 +159,7 @@ def run_evaluator(context: RoleContext, evaluator: Evaluator) -> None:
                 wall_s=weights.wall_s,
                 energy_evaluations=calls,
             )
-            image = draw_samples(evaluator, evaluation.samples, context.run_dir)
-            context.control.report("images", {"plots/samples": str(image)})
+            context.control.report("images", evaluator.plot(evaluation.samples, context.run_dir))
             end = time.monotonic()
             due = max(start + every_s, end + (end - start) * (1.0 / DUTY - 1.0))
     finally:
@@ -141,8 +168,3 @@ def run_evaluator(context: RoleContext, evaluator: Evaluator) -> None:
         results, images = final_evaluation(evaluator, context.run_dir)
         context.control.report("images", images)
         context.control.report("final", {"metrics": results})
-
-
-def with_samples(config: EvalConfig, samples: int) -> EvalConfig:
-    """The same evaluation with another number of samples."""
-    return replace(config, samples=samples, w2_samples=min(config.w2_samples, samples))

@@ -49,7 +49,7 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         modes = get_args(WandbMode)
-        require(self.wandb in modes, "wandb", self.wandb, f"one of {', '.join(modes)}")
+        require(self.wandb in modes, "monitor.wandb", self.wandb, f"one of {', '.join(modes)}")
 
 
 def resolve_mode(mode: WandbMode) -> ResolvedMode:
@@ -82,14 +82,14 @@ class Monitor:
 
     def __init__(self, run_dir: Path, config: MonitorConfig, resolved_config: Mapping[str, Any]) -> None:
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._position: dict[str, float] = {}
+        self._position: dict[str, float | None] = {}
         mode = resolve_mode(config.wandb)
         self._wandb = None if mode == "disabled" else _WandbThread(run_dir, config, mode, resolved_config)
 
     def log(self, metrics: Mapping[str, float], step: int, wall_s: float, energy_evaluations: int) -> None:
         """One row: on disk when this returns, on its way to W&B. Values that are not finite become null."""
         self._position = {"step": step, "wall_s": wall_s, "energy_evaluations": energy_evaluations}
-        row = self._position | {name: _number(value) for name, value in metrics.items()}
+        row = self._position | json_safe(metrics)
         if self._wandb is not None and self._wandb.dropped:
             row["monitor/dropped"] = self._wandb.dropped
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -116,9 +116,10 @@ class Monitor:
             self._wandb.close(timeout_s)
 
 
-def _number(value: float) -> float | None:
-    value = value if isinstance(value, int) else float(value)
-    return value if math.isfinite(value) else None
+def json_safe(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """The figures as plain numbers, None where they are not finite: JSON has no word for NaN or infinity."""
+    numbers = {name: value if isinstance(value, int) else float(value) for name, value in figures.items()}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 class _WandbThread:

@@ -1,8 +1,8 @@
 """`driftstream sample`, `eval` and `list`."""
 
 import json
-import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from driftstream.actors.rollout import rollout, score_trajectories
 from driftstream.envs.targets import make_target, target_names
-from driftstream.eval.evaluator import Evaluator, with_samples
+from driftstream.eval.evaluation import draw
+from driftstream.eval.evaluator import Evaluator
+from driftstream.eval.monitor import json_safe
 from driftstream.launch.config import RunConfig, from_toml
 from driftstream.launch.flags import CommandError, EvalFlags, ListFlags, SampleFlags, UsageError
 from driftstream.launch.methods import load_method, method_names
@@ -31,27 +32,13 @@ def sample(flags: SampleFlags) -> int:
     if not flags.output.absolute().parent.is_dir():
         raise UsageError(f"-o {flags.output}: the directory does not exist")
     evaluator, _ = _load(flags.run, checkpoint=flags.checkpoint)
-    arrays = draw(evaluator, flags.n, flags.batch_size, flags.seed)
-    _write_npz(flags.output, arrays)
+    policy, process, times = evaluator.policy, evaluator.process, evaluator.times
+    generator = torch.Generator(evaluator.device).manual_seed(flags.seed)
+    drawn = draw(policy, process, evaluator.target, times, flags.n, generator, flags.batch_size)
+    names = ("samples", "log_reward", "log_weight")
+    _write_npz(flags.output, {name: part.cpu().numpy() for name, part in zip(names, drawn, strict=True)})
     print(f"{flags.n} samples: {flags.output}")
     return 0
-
-
-@torch.no_grad()
-def draw(evaluator: Evaluator, n: int, batch_size: int, seed: int) -> dict[str, np.ndarray]:
-    """samples [n, D], log_reward [n], log_weight [n] (log importance weights) of the evaluator's policy."""
-    policy, process, times = evaluator.policy, evaluator.process, evaluator.times
-    generator = torch.Generator(evaluator.device).manual_seed(seed)
-    batches = []
-    for start in range(0, n, batch_size):
-        size = min(batch_size, n - start)
-        paths = rollout(policy, process, evaluator.target, times, size, generator=generator)
-        states, log_reward = paths["states"], paths["log_reward"]
-        log_pf, log_pb = score_trajectories(policy, process, states, times, paths.get("scores", None))
-        log_weight = log_reward.double() + log_pb.double().sum(-1) - log_pf.double().sum(-1)
-        batches.append((states[:, -1].clone(), log_reward, log_weight))
-    names = ("samples", "log_reward", "log_weight")
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in zip(names, zip(*batches, strict=True), strict=True)}
 
 
 def evaluate(flags: EvalFlags) -> int:
@@ -61,7 +48,7 @@ def evaluate(flags: EvalFlags) -> int:
     metrics["eval/energy_evaluations"] = position["energy_evaluations"]
     if flags.json:
         results = {**position, **metrics}
-        print(json.dumps({name: value if math.isfinite(value) else None for name, value in results.items()}))
+        print(json.dumps(json_safe(results), allow_nan=False))
     else:
         Console().print(results_table(f"{flags.run}, step {position['step']:,}", metrics))
     return 0
@@ -96,7 +83,7 @@ def _load(
     config: RunConfig = from_toml(run.config)
     evaluator = build_evaluator(config, seed)
     if samples is not None:
-        evaluator.config = with_samples(config.eval, samples)
+        evaluator.config = replace(config.eval, samples=samples)
     try:
         return evaluator, evaluator.load_checkpoint(run.root, checkpoint)
     except CheckpointError as error:

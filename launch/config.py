@@ -91,13 +91,14 @@ def resolve(config: RunConfig) -> RunConfig:
         policy = replace(policy, learned_variance=low)
     if exploration.std is None:
         exploration = replace(exploration, std=variance**0.5)
-    replay = config.replay
+    replay, streamed = config.replay, config.data == "stream"
     if replay.source == "auto":
-        replay = replace(replay, source="refined" if config.refiner.count else "terminals")
-    needs_refiner = replay.source == "refined" and replay.ratio > 0 and config.data == "stream"
-    if needs_refiner:
-        require(config.refiner.count > 0, "refiner.count", 0, "at least 1, as replay.source = 'refined'")
-    if config.data == "stream":
+        replay = replace(replay, source="refined" if streamed and config.refiner.count else "terminals")
+    if replay.source == "refined":
+        require(streamed, "replay.source", "refined", "'terminals' or 'auto', as data = 'on_policy' has no refiners")
+        enough = config.refiner.count > 0 or replay.ratio == 0
+        require(enough, "refiner.count", 0, "at least 1, as replay.source = 'refined'")
+    if streamed:
         require(config.actor.count > 0, "actor.count", 0, "at least 1, as data = 'stream'")
     return replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
 

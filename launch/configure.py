@@ -1,17 +1,26 @@
 """From a `driftstream train` command line to a resolved configuration."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from driftstream.envs.errors import require
 from driftstream.launch.config import RunConfig, from_dict, from_toml, resolve
 from driftstream.launch.flags import TrainFlags, UsageError, parse_known, refuse
 from driftstream.launch.methods import load_method
+from driftstream.launch.roles import resolve_device
 from driftstream.launch.run_directory import RunDirectory
 from driftstream.learner.limits import LimitsConfig
 
 LIMITS = ("steps", "minutes", "energy_budget")
+FIXED = (
+    *("target", "target_options", "data", "sync", "policy", "process"),
+    *("replay.capacity", "replay.source", "replay.prioritization"),
+)
+"""Fields that the saved state of a run depends on: a resumed run keeps them."""
+FIXED_IN_SYNC = ("actor.count", "refiner.count")
 
 
 def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunConfig:
@@ -50,7 +59,27 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
         "monitor": {"wandb": flags.wandb},
         "limits": limits,
     }
-    return resolve(from_dict(config, _without_none(given)))
+    config = resolve(from_dict(config, _without_none(given)))
+    if resumed is not None:
+        _check_kept(resumed, config)
+    resolve_device(config.device)
+    return config
+
+
+def _check_kept(before: RunConfig, config: RunConfig) -> None:
+    """Refuse what a run cannot be resumed with: ConfigError naming the field."""
+    for name in (*FIXED, *(FIXED_IN_SYNC if before.sync else ())):
+        for field, old, new in _leaves(name, attrgetter(name)(before), attrgetter(name)(config)):
+            require(new == old, field, new, f"{old!r}, as in the run to be resumed")
+
+
+def _leaves(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of a field, or of each one below it where it is a component."""
+    if not is_dataclass(old):
+        yield name, old, new
+        return
+    for field in fields(old):
+        yield from _leaves(f"{name}.{field.name}", getattr(old, field.name), getattr(new, field.name))
 
 
 def _absolute(target: str) -> str:

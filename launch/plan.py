@@ -10,10 +10,10 @@ from driftstream.eval.monitor import MonitorConfig
 
 @dataclass(frozen=True)
 class SupervisorConfig:
-    """How roles are watched: a silent one is killed, a dead one restarted, each within a budget."""
+    """How roles are watched: a silent one is killed, a dead one (seen at once) restarted, within a budget."""
 
     heartbeat_s: float = 0.5
-    heartbeat_timeout_s: float = 4.0
+    heartbeat_timeout_s: float = 20.0
     max_restarts: int = 5
     restart_delay_s: float = 0.2
     drain_s: float = 8.0

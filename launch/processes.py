@@ -140,6 +140,12 @@ class RoleProcess:
         """Seconds since the last sign of life; negative while the process may still be starting."""
         return now - self._silent_from
 
+    def excuse(self, seconds: float) -> None:
+        """Leave a time in which nobody listened out of the role's silence, and out of what it has to stop."""
+        self._silent_from += seconds
+        if self.deadline is not None:
+            self.deadline += seconds
+
     def kill(self, reason: str) -> None:
         """SIGKILL the process, and remember why."""
         if self._process is not None and self.alive:

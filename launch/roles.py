@@ -34,7 +34,8 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device)
+        # Some devices (meta) hold tensors and cannot draw random numbers.
+        torch.zeros(1, device=torch.Generator(device).device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError("device", device, "auto, cpu, or a device that is there, such as cuda:0") from error
@@ -118,7 +119,11 @@ def build_evaluator(config: RunConfig, seed: int | None = None) -> Evaluator:
 
 def run_role(role: str, config: RunConfig, context: RoleContext) -> None:
     """Run one role in this process until it is done or the run stops."""
-    threads = {"learner": config.learner.threads, "actor": config.actor.threads}
+    threads = {
+        "learner": config.learner.threads,
+        "actor": config.actor.threads,
+        "refiner": config.refiner.threads,
+    }
     torch.set_num_threads(threads.get(role, 1))
     if role == "learner":
         learner = build_learner(config, context.seed)

@@ -22,6 +22,8 @@ from driftstream.launch.worker import FAILED_FOR_GOOD, ROLE_FUNCTION
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 TICK_MS = 100
+PAUSE_S = 1.0
+"""A turn of the loop that takes longer was a pause of this process (Ctrl-Z, a suspended machine)."""
 LONGEST_DELAY_S = 30.0
 FINAL_EVALUATION_S = 600.0
 """A final evaluation that takes longer is given up."""
@@ -115,10 +117,14 @@ class Supervisor:
     def _supervise(self) -> None:
         for role in self._roles.values():
             role.start()
+        now = time.monotonic()
         while any(role.in_use for role in self._roles.values()):
+            before = now
             self._wait()
-            self._read_reports()
             now = time.monotonic()
+            for role in self._roles.values() if now - before > PAUSE_S else ():
+                role.excuse(now - before)
+            self._read_reports()
             for role in self._roles.values():
                 self._check(role, now)
             if self._signals and self._phase is not Phase.STOPPING:
@@ -145,7 +151,7 @@ class Supervisor:
             if role.deadline is not None and now > role.deadline:
                 role.kill("did not stop in time")
             elif role.silence_s(now) > settings.heartbeat_timeout_s:
-                role.kill(f"silent for {role.silence_s(now):.1f} s")
+                role.kill(f"silent for {role.silence_s(now):.1f} s (--supervisor.heartbeat-timeout-s)")
         code = role.collect()
         if code is not None:
             self._on_end(role, code, now)

@@ -82,6 +82,8 @@ def train_sync(
     if reason == "stopped":
         return None
     results, images = final_evaluation(evaluator, run_dir)
+    figures = {name: value for name, value in results.items() if "/" in name}
+    monitor.log(figures, learner.step, budget.elapsed_s, learner.energy_evaluations)
     monitor.log_images({name: Path(path) for name, path in images.items()})
-    monitor.summary(results)
+    monitor.summary(figures)
     return results

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -16,7 +17,8 @@ from types import FrameType
 
 import setproctitle
 
-from driftstream.launch.flags import TrainFlags, UsageError, answer, complain, parse, split_config_flags
+from driftstream.envs.errors import TargetError
+from driftstream.launch.flags import CommandError, TrainFlags, UsageError, answer, complain, parse, split_config_flags
 from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import fork_server
 from driftstream.launch.progress import Progress, results_table
@@ -119,6 +121,7 @@ def _run_here(flags: TrainFlags, config_flags: list[str], prog: str) -> int:
     from driftstream.launch.configure import configure
     from driftstream.launch.dry_run import show_plan
     from driftstream.launch.sync_run import train_sync
+    from driftstream.learner.checkpoint import CheckpointError
 
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     config = configure(flags, config_flags, prog)
@@ -135,8 +138,15 @@ def _run_here(flags: TrainFlags, config_flags: list[str], prog: str) -> int:
             progress.tick()
 
         monitor = Monitor(run.root, plan.monitor, plan.resolved)
-        with contextlib.closing(monitor), _counted_interrupts() as interrupts:
-            final = train_sync(config, run.root, monitor, show, progress.event, lambda: bool(interrupts))
+        try:
+            with contextlib.closing(monitor), _counted_interrupts() as interrupts:
+                final = train_sync(config, run.root, monitor, show, progress.event, lambda: bool(interrupts))
+        except CheckpointError as error:
+            raise CommandError(str(error)) from error
+        except TargetError as error:
+            for line in traceback.format_exception(error.__cause__) if error.__cause__ else ():
+                progress.event(line.rstrip(), "dim")
+            raise
         if final is None:
             return INTERRUPTED, f"interrupted; resume with: {run.resume_command}", {}
         return 0, "", final

@@ -51,11 +51,16 @@ class CheckpointState:
 
 
 def save_checkpoint(directory: Path, state: CheckpointState) -> Path:
-    """Write `directory/step-<n>` atomically; an existing one of the same step is replaced. Returns its path."""
+    """Write `directory/step-<n>` atomically; returns its path.
+
+    One of the same step that is whole and equal stays as it is; any other is replaced, and moved out of the way
+    rather than deleted until the new one is in place.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{state.step}"
-    partial = directory / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = directory / f".{final.name}.partial", directory / f".{final.name}.replaced.partial"
+    for draft in (partial, replaced):
+        shutil.rmtree(draft, ignore_errors=True)
     partial.mkdir()
     files = {}
     for group, tensors in state.groups.items():
@@ -63,13 +68,28 @@ def save_checkpoint(directory: Path, state: CheckpointState) -> Path:
         name = f"{group}.safetensors"
         _write_synced(partial / name, data)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    manifest = {"format": FORMAT, "step": state.step, "numbers": state.numbers, "files": files}
-    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    content = {"format": FORMAT, "step": state.step, "numbers": state.numbers, "files": files}
+    manifest = json.dumps(content, indent=1, sort_keys=True).encode()
+    if _is_whole(final, manifest):
+        shutil.rmtree(partial)
+        return final
+    _write_synced(partial / MANIFEST, manifest)
     _sync_directory(partial)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
     partial.rename(final)
     _sync_directory(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _is_whole(path: Path, manifest: bytes) -> bool:
+    """Whether a checkpoint has this manifest, and the files that it lists."""
+    try:
+        load_checkpoint(path)
+        return (path / MANIFEST).read_bytes() == manifest
+    except (CheckpointError, OSError):
+        return False
 
 
 def load_checkpoint(path: Path, groups: tuple[str, ...] | None = None) -> CheckpointState:
@@ -131,7 +151,7 @@ class Checkpointer:
     """Writes checkpoints in a thread of its own, one at a time, and removes old ones.
 
     A write that fails (a full disk) is kept in `error` and tried again at the next interval; the checkpoints
-    before it stay.
+    before it stay. What a process that was killed left half written is removed.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
@@ -140,6 +160,8 @@ class Checkpointer:
         self.error: str | None = None
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
+        for partial in directory.glob(".step-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def due(self) -> bool:
         """Whether the interval is over and the last write has ended."""
@@ -169,8 +191,9 @@ class Checkpointer:
             self.error = None
             for path in checkpoint_paths(self.directory)[: -self.config.keep]:
                 shutil.rmtree(path, ignore_errors=True)
-        except OSError as error:
-            self.error = str(error)
+        except Exception as error:
+            # Whatever it is: unseen, it would end the thread and with it the run's last state.
+            self.error = str(error) or type(error).__name__
             shutil.rmtree(self.directory / f".step-{state.step}.partial", ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """The learner: parameters, optimiser, log Z, replay, and one update from one batch."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,8 @@ class Learner:
 
     It owns the policy, log Z, the optimiser, the moving average and both replay memories: `terminals` (end points
     of the actors' trajectories, from which refiners are seeded) and `refined` (what the refiners sent back).
-    Where batches come from is the loop's business.
+    `replay` is the one of them that is trained on; `terminals` is drawn by rank unless it is that one and the
+    configuration says otherwise. Where batches come from is the loop's business.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Learner:
         self.log_z = nn.Parameter(torch.zeros((), device=device))
         self.average = WeightAverage(self.policy, optim.ema_decay)
         self.optimizer = Optimizer(self.policy, self.log_z, optim)
-        self.terminals = TerminalReplay(target.dim, replay, device, self.generator)
+        only_seeds = replay.source == "refined"
+        seeding = dataclasses.replace(replay, prioritization="rank") if only_seeds else replay
+        self.terminals = TerminalReplay(target.dim, seeding, device, self.generator)
         self.refined = TerminalReplay(target.dim, replay, device, self.generator)
-        self.replay = self.refined if replay.source == "refined" else self.terminals
+        self.replay = self.refined if only_seeds else self.terminals
         self.limiter = RateLimiter(replay.ratio, replay.minimum)
         self.step = 0
         self.skipped = 0
@@ -104,8 +108,12 @@ class Learner:
         return self._update(states, times, log_reward, scores, progress)
 
     def draw_seeds(self, n: int) -> tuple[Tensor, Tensor] | None:
-        """Terminal states `[n, D]` by rank for a refiner, with their log rewards; None while there are none."""
-        return self.terminals.sample(n) if len(self.terminals) else None
+        """Terminal states `[n, D]` for a refiner, with their log rewards; None while there are none."""
+        if not len(self.terminals):
+            return None
+        seeds = self.terminals.sample(n)
+        self.terminals.sampled -= n  # `samples_per_insert` is of what is trained on
+        return seeds
 
     def _update(
         self, states: Tensor, times: Tensor, log_reward: Tensor, scores: Tensor | None, progress: float

@@ -10,8 +10,8 @@ from driftstream.envs.errors import require
 class LimitsConfig:
     """The run ends at whichever of these comes first; None is no limit.
 
-    `steps` counts learner updates, `minutes` wall-clock time from the first of them, `energy_budget` the energy
-    and gradient evaluations of all roles together.
+    `steps` counts learner updates, `minutes` wall-clock time from when the learner is ready for data,
+    `energy_budget` the energy and gradient evaluations of all roles together.
     """
 
     steps: int | None = None

@@ -11,7 +11,7 @@ from driftstream.learner.checkpoint import Checkpointer, CheckpointState
 from driftstream.learner.learner import Learner
 from driftstream.learner.limits import Budget
 from driftstream.learner.publisher import Publisher
-from driftstream.learner.sources import DataSource, FreshBatch
+from driftstream.learner.sources import DataSource
 
 WAIT_S = 0.1
 
@@ -31,16 +31,17 @@ class Window:
     """What happened since the last report."""
 
     since: float = field(default_factory=time.monotonic)
+    newest: Metrics = field(default_factory=dict)
     steps: int = 0
     waited_s: float = 0.0
     staleness: list[int] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self.since, 1e-9)
-        metrics = {
-            "learner/updates_per_s": self.steps / seconds,
-            "learner/wait_fraction": self.waited_s / seconds,
-        }
+        metrics = {name: float(value) for name, value in self.newest.items()}
+        if self.steps or self.waited_s:
+            metrics["learner/updates_per_s"] = self.steps / seconds
+            metrics["learner/wait_fraction"] = self.waited_s / seconds
         if self.staleness:
             metrics["stream/staleness_mean"] = sum(self.staleness) / len(self.staleness)
             metrics["stream/staleness_max"] = max(self.staleness)
@@ -79,19 +80,20 @@ class TrainingLoop:
 
     def run(self) -> str:
         """Train; the last act is a checkpoint. Returns the limit that was reached, or "stopped"."""
-        learner = self.learner
         if self.publisher is not None:
             self.publisher.publish()
-        last: Metrics | None = None
+        self.budget.start()
         while (reason := self._ending()) is None:
-            last = self._step() or last
-            self._window.steps += 1
-            if last and time.monotonic() - self._window.since >= learner.config.report_every_s:
-                self._send(last)
+            if metrics := self._step():
+                self._window.newest = metrics
+                self._window.steps += 1
+            if time.monotonic() - self._window.since >= self.learner.config.report_every_s:
+                self._send()
             if self.checkpointer.due():
                 self.checkpointer.save(self.state())
-        if last:
-            self._send(last)
+        self.source.discard()
+        self.learner.actor_calls += self.source.spent()
+        self._send()
         self.checkpointer.save(self.state())
         self.checkpointer.wait()
         return reason
@@ -119,21 +121,26 @@ class TrainingLoop:
         self.budget.earlier_s = state.numbers.get("elapsed_s", 0.0)
 
     def _step(self) -> Metrics | None:
-        """One update; None if the run was stopped while waiting for data."""
+        """One update; None if no data came in time for it."""
         learner, source = self.learner, self.source
         if self.publisher is not None and learner.step % learner.config.publish_every == 0:
             self.publisher.publish()
         self._refine()
-        if learner.limiter.next(len(learner.replay)) == "replay":
-            return learner.learn_replayed(self.progress)
-        batch = self._wait_for_fresh()
-        if batch is None:
-            return None
-        self._window.staleness.append(learner.step - batch.policy_version)
-        metrics = learner.learn_fresh(batch.trajectories, self.progress)
-        source.consumed(batch)
-        learner.actor_calls += source.spent()
-        self.budget.start()
+        replay_size = len(learner.replay)
+        kind = learner.limiter.next(replay_size)
+        if kind == "replay":
+            metrics = learner.learn_replayed(self.progress)
+        else:
+            start = time.monotonic()
+            batch = source.fresh(WAIT_S, learner.step, self.progress)
+            self._window.waited_s += time.monotonic() - start
+            learner.actor_calls += source.spent()
+            if batch is None:
+                return None
+            self._window.staleness.append(learner.step - batch.policy_version)
+            metrics = learner.learn_fresh(batch.trajectories, self.progress)
+            source.consumed(batch)
+        learner.limiter.used(kind, replay_size)
         return metrics
 
     def _refine(self) -> None:
@@ -145,28 +152,16 @@ class TrainingLoop:
             learner.refined.add(terminal, log_reward)
             learner.actor_calls += source.spent()
 
-    def _wait_for_fresh(self) -> FreshBatch | None:
-        """The next fresh batch, however long it takes; refiners are served meanwhile."""
-        start = time.monotonic()
-        batch = None
-        while batch is None and not self.should_stop():
-            batch = self.source.fresh(WAIT_S, self.learner.step, self.progress)
-            if batch is None:
-                self._refine()
-        self._window.waited_s += time.monotonic() - start
-        return batch
-
     @property
     def progress(self) -> float:
         """Fraction of training done."""
         return self.budget.progress(self.learner.step, self.learner.energy_evaluations)
 
-    def _send(self, metrics: Metrics) -> None:
+    def _send(self) -> None:
         """Report the newest update and the window since the last report, and start a new window."""
         learner = self.learner
         self.report(
             {
-                **{name: float(value) for name, value in metrics.items()},
                 **self._window.metrics(),
                 **self.source.metrics(),
                 "train/skipped": learner.skipped,

@@ -1,5 +1,6 @@
 """The learner as a process: it serves the stream, publishes weights and trains until its limits are reached."""
 
+import math
 from contextlib import ExitStack
 
 from driftstream.actors.actor import ExplorationActor
@@ -38,11 +39,16 @@ def run_learner(
         for error in damaged:
             control.report("event", {"text": f"learner: checkpoint skipped, {error}"})
 
+    reported_error: str | None = None
+
     def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
+        nonlocal reported_error
         context.report_metrics(metrics, step=step, wall_s=wall_s, energy_evaluations=energy_evaluations)
         control.report("status", {"phase": "training", "step": step, "progress": progress})
-        if checkpointer.error:
-            control.report("event", {"text": f"learner: checkpoint not written, {checkpointer.error}"})
+        error = checkpointer.error
+        if error is not None and error != reported_error:
+            control.report("event", {"text": f"learner: checkpoint not written, {error}"})
+        reported_error = error
 
     with ExitStack() as stack:
         publisher = Publisher(learner, budget, endpoints.weights, endpoints.ema_weights)
@@ -51,13 +57,12 @@ def run_learner(
         if on_policy_actor is not None:
             source = LocalSource([on_policy_actor], [])
         else:
-            # Replayed batches let steps pass between fresh ones, so that fewer tickets keep the same bound.
-            window = stream.max_outstanding(steps_per_batch=1.0 + learner.limiter.ratio)
+            steps_per_batch = 1 + math.ceil(learner.limiter.ratio)
+            window = stream.max_outstanding(steps_per_batch, learner.config.publish_every)
             version = state.step if state else 0
-            server = StreamServer(endpoints.stream, stream, max_outstanding=window, version=version)
+            server = StreamServer(endpoints.stream, stream, max_outstanding=max(1, window), version=version)
             stack.callback(server.close)
-            lock_step = stream.max_staleness == 0
-            source = StreamSource(server, publisher, learner.target.dim, learner.device, lock_step)
+            source = StreamSource(server, publisher, learner.policy, lock_step=window == 0)
         loop = TrainingLoop(
             learner,
             source,

@@ -1,5 +1,7 @@
 """Where the learner's data comes from: the stream of actor processes, or the same roles in this process."""
 
+import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,11 +11,18 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from driftstream.actors.actor import CallMeter, ExplorationActor
+from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.refiner import Refiner
-from driftstream.buffers.channels import StreamServer
+from driftstream.buffers.channels import StreamError, StreamServer
+from driftstream.buffers.checks import is_integer
 from driftstream.buffers.wire import Message
 from driftstream.envs.trajectory import TrajectoryError, make_trajectories, validate_trajectories
 from driftstream.learner.publisher import Publisher
+
+logger = logging.getLogger(__name__)
+
+MAX_COUNT = 2**40
+"""No batch costs or loses more than this; a larger counter is nonsense, and their sum must stay an int64."""
 
 DrawSeeds = Callable[[int], tuple[Tensor, Tensor] | None]
 
@@ -45,6 +54,9 @@ class DataSource(Protocol):
     def spent(self) -> int:
         """Energy evaluations of the other roles since last asked."""
 
+    def discard(self) -> None:
+        """Give up what was sent and not taken, at the end of a run; what it cost still counts as spent."""
+
     def metrics(self) -> dict[str, float]:
         """The stream's counters, under their metric names."""
 
@@ -62,18 +74,18 @@ class StreamSource:
         self,
         server: StreamServer,
         publisher: Publisher,
-        dim: int,
-        device: torch.device,
+        policy: DiffusionPolicy,
         lock_step: bool,
     ) -> None:
         self._server = server
         self._publisher = publisher
-        self._dim = dim
-        self._device = device
+        self._policy = policy
+        self._like = next(policy.parameters())
         self._lock_step = lock_step
         self._held: list[Message] = []
         self._spent = 0
         self._rejected = 0
+        self._last_reason = ""
 
     def fresh(self, timeout_s: float, step: int, progress: float) -> FreshBatch | None:
         """See `DataSource`. In lock-step the next batch is asked for here, with the weights of this step."""
@@ -82,18 +94,11 @@ class StreamSource:
         message = self._server.take(timeout_s)
         if message is None:
             return None
-        self._count(message)
-        tensors = message.tensors
-        trajectories = make_trajectories(
-            tensors["states"], tensors["times"], tensors["log_reward"], scores=tensors.get("scores")
-        )
-        try:
-            validate_trajectories(trajectories, self._dim)
-        except TrajectoryError:
-            self._rejected += len(trajectories)
+        batch = self._accept(message)
+        if batch is None:
             self._server.release(message, self._publisher.version)
             return None
-        return FreshBatch(trajectories.to(self._device), message.policy_version, message)
+        return FreshBatch(batch.to(self._like.device), message.policy_version, message)
 
     def consumed(self, batch: FreshBatch) -> None:
         assert batch.message is not None
@@ -103,11 +108,13 @@ class StreamSource:
             self._server.release(batch.message, self._publisher.version)
 
     def refined(self) -> list[tuple[Tensor, Tensor]]:
-        messages = self._server.take_terminals()
-        for message in messages:
-            self._count(message)
+        batches = []
+        for message in self._server.take_terminals():
+            batch = self._accept(message)
+            if batch is not None:
+                batches.append((batch["terminal"], batch["log_reward"]))
             self._server.release(message, self._publisher.version)
-        return [(message.tensors["terminal"], message.tensors["log_reward"]) for message in messages]
+        return batches
 
     def offer_seeds(self, draw: DrawSeeds, step: int) -> bool:
         for request in self._server.seed_requests():
@@ -121,6 +128,14 @@ class StreamSource:
     def spent(self) -> int:
         spent, self._spent = self._spent, 0
         return spent
+
+    def discard(self) -> None:
+        # A broken sender is no reason for a run to fail at its very end.
+        with contextlib.suppress(StreamError):
+            for refined in self._server.take_terminals():
+                self._accept(refined)
+            while (batch := self._server.take(0.0)) is not None:
+                self._accept(batch)
 
     def metrics(self) -> dict[str, float]:
         counters = self._server.counters()
@@ -136,9 +151,39 @@ class StreamSource:
     def load_random_state(self, state: dict[str, Tensor]) -> None:
         del state
 
-    def _count(self, message: Message) -> None:
-        self._spent += int(message.counters.get("energy_evaluations", 0))
-        self._rejected += int(message.counters.get("rejected", 0))
+    def _accept(self, message: Message) -> TensorDict | None:
+        """Count a message's counters; its tensors in the learner's dtype, or None where it has no rows.
+
+        What does not fit this learner is counted as rejected and gives None too: a sender must not end the run.
+        """
+        counts = [message.counters.get(name, 0) for name in ("energy_evaluations", "rejected")]
+        spent, rejected = (count if is_integer(count) and count <= MAX_COUNT else -1 for count in counts)
+        tensors = {name: value.to(self._like.dtype) for name, value in message.tensors.items()}
+        try:
+            if min(spent, rejected) < 0:
+                raise TrajectoryError(f"counters {counts}: expected integers of at least 0")
+            self._spent += spent
+            self._rejected += rejected
+            if not message.rows:
+                return None
+            if message.kind == "terminals":
+                return self._terminals(**tensors)
+            if ("scores" in tensors) != self._policy.langevin:
+                raise TrajectoryError("'scores' are for policies that use them, and needed there")
+            trajectories = make_trajectories(**tensors)
+            validate_trajectories(trajectories, self._policy.dim)
+            return trajectories
+        except TrajectoryError as error:
+            if str(error) != self._last_reason:
+                logger.warning("batch from %s rejected: %s", message.sender, error)
+            self._last_reason = str(error)
+            self._rejected += max(1, message.rows)
+            return None
+
+    def _terminals(self, terminal: Tensor, log_reward: Tensor) -> TensorDict:
+        if terminal.shape[1] != self._policy.dim:
+            raise TrajectoryError(f"'terminal' has shape {list(terminal.shape)}: expected [N, {self._policy.dim}]")
+        return TensorDict({"terminal": terminal, "log_reward": log_reward}, batch_size=[len(terminal)])
 
 
 class LocalSource:
@@ -184,6 +229,9 @@ class LocalSource:
 
     def spent(self) -> int:
         return sum(meter.spent() for meter in self._meters)
+
+    def discard(self) -> None:
+        pass
 
     def metrics(self) -> dict[str, float]:
         rejected = sum(actor.rejected for actor in self._actors)

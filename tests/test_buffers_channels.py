@@ -444,12 +444,13 @@ def test_at_most_two_windows_pass_between_ticket_and_use(window: int, credits: i
 
 
 def test_the_window_follows_from_the_staleness() -> None:
-    assert StreamConfig(max_staleness=0).max_outstanding() == 1
-    assert StreamConfig(max_staleness=0).max_outstanding(2) == 1
     for staleness in range(40):
         for steps in (1, 2, 3):
-            window = StreamConfig(max_staleness=staleness).max_outstanding(steps)
-            assert window == 1 or 2 * (window - 1) * steps + steps - 1 <= staleness
+            for publish_every in (1, 2, 5):
+                window = StreamConfig(max_staleness=staleness).max_outstanding(steps, publish_every)
+                least = publish_every + steps - 1
+                assert (window == 0) == (staleness < least)
+                assert window == 0 or least + 2 * (window - 1) * steps <= staleness
 
 
 # Terminal states and seeds

@@ -182,6 +182,12 @@ class Undefined(Target):
     def log_reward(self, x):
         return torch.where(x[..., 0] > 1.0, torch.nan, -0.5 * x.square().sum(-1))
 
+class NeverDefined(Undefined):
+    name = "never-defined"
+
+    def log_reward(self, x):
+        return torch.full_like(x[..., 0], torch.nan)
+
 class Broken(Target):
     name = "broken"
     dim = 2
@@ -200,6 +206,14 @@ def test_undefined_rewards_are_counted_and_the_run_goes_on(train: Callable[..., 
     training = train(f"{tmp_path}/mine.py:Undefined", *SMALL, "--steps", "100", "--out", "{root}")
     assert training.end() == 0, training.text()
     assert max(row.get("stream/rejected", 0) for row in training.rows()) > 0
+
+
+def test_a_target_that_is_never_defined_ends_the_run_by_name(train: Callable[..., Training], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(BROKEN)
+    training = train(f"{tmp_path}/mine.py:NeverDefined", *SMALL, "--minutes", "5", "--out", "{root}")
+    assert training.end() == 1
+    last = training.text().splitlines()[-1]
+    assert "target 'never-defined': every trajectory has an undefined log reward" in last
 
 
 def test_a_target_that_raises_ends_the_run_by_name(train: Callable[..., Training], tmp_path: Path) -> None:

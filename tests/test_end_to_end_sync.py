@@ -7,15 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from driftstream.actors.mala import Refinement
+from driftstream.actors.refiner import Refiner
+from driftstream.envs.errors import TargetError
 from driftstream.eval.monitor import Monitor
-from driftstream.launch.config import RunConfig, as_dict, resolve
+from driftstream.launch.cli import main
+from driftstream.launch.config import RunConfig, as_dict, resolve, to_toml
 from driftstream.launch.methods import load_method, method_names
+from driftstream.launch.run_directory import RunDirectory
 from driftstream.launch.sync_run import train_sync
 from driftstream.learner.checkpoint import checkpoint_paths, load_checkpoint
 
@@ -41,8 +47,10 @@ def small(method: str, target: str = "gmm25", steps: int = 12, seed: int = 0) ->
     )
 
 
-def train(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[str, float] | None:
-    """Train in `run_dir`, or stop (as by Ctrl-C) once that many steps are done."""
+def train(
+    config: RunConfig, run_dir: Path, stop_at: int | None = None, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Train in `run_dir`, or stop (as by Ctrl-C) once that many steps are done or `should_stop` says so."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "plots").mkdir(exist_ok=True)
     config = replace(config, learner=replace(config.learner, report_every_s=1e-6))
@@ -55,7 +63,12 @@ def train(config: RunConfig, run_dir: Path, stop_at: int | None = None) -> dict[
     monitor = Monitor(run_dir, config.monitor, as_dict(config))
     try:
         return train_sync(
-            config, run_dir, monitor, show, lambda text: None, lambda: stop_at is not None and seen >= stop_at
+            config,
+            run_dir,
+            monitor,
+            show,
+            lambda text: None,
+            lambda: should_stop() or (stop_at is not None and seen >= stop_at),
         )
     finally:
         monitor.close()
@@ -86,6 +99,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one(method: str, tmp_path: Path)
     assert digests(whole) == digests(broken)
 
 
+def test_a_stop_during_refinement_is_resumed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(small("default"), whole)
+    refine, cycles = Refiner.refine, 0
+
+    def refine_and_count(refiner: Refiner, seeds: torch.Tensor) -> Refinement:
+        nonlocal cycles
+        cycles += 1
+        return refine(refiner, seeds)
+
+    monkeypatch.setattr(Refiner, "refine", refine_and_count)
+    assert train(small("default"), broken, should_stop=lambda: cycles == 2) is None
+    monkeypatch.undo()
+    train(small("default"), broken)
+    assert digests(whole) == digests(broken)
+
+
 @pytest.mark.parametrize("method", method_names())
 def test_every_preset_trains(method: str, tmp_path: Path) -> None:
     results = train(small(method), tmp_path / "run")
@@ -94,6 +124,10 @@ def test_every_preset_trains(method: str, tmp_path: Path) -> None:
         assert results[name] == results[name], name
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all({"step", "wall_s", "energy_evaluations"} <= row.keys() for row in rows)
+    final = rows[-1]
+    assert (final["step"], final["energy_evaluations"]) == (12, results["eval/energy_evaluations"])
+    assert final["wall_s"] > 0
+    assert final["eval/w2"] == results["eval/w2"]
     assert (tmp_path / "run" / "results.json").exists()
     assert (tmp_path / "run" / "plots" / "samples.png").stat().st_size > 1000
 
@@ -120,6 +154,12 @@ class HalfUndefined(Target):
     def log_reward(self, x):
         return torch.where(x[..., 0] > 1.0, torch.nan, -0.5 * x.square().sum(-1))
 
+class Undefined(HalfUndefined):
+    name = "undefined"
+
+    def log_reward(self, x):
+        return torch.full_like(x[..., 0], torch.nan)
+
 class Broken(Target):
     name = "broken"
     dim = 2
@@ -142,6 +182,35 @@ def test_nan_rewards_are_counted_and_never_trained_on(tmp_path: Path) -> None:
     for name in ("terminals", "refined"):
         assert checkpoint.groups[name]["log_reward"].isfinite().all()
     assert all(value.isfinite().all() for value in checkpoint.groups["policy"].values())
+
+
+@pytest.mark.parametrize("attribute", ["Undefined", "Broken"])
+def test_a_target_that_is_of_no_use_ends_the_run(attribute: str, tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(NAN_TARGET)
+    cause = {"Undefined": "'undefined': every trajectory has an undefined log reward", "Broken": "not licensed"}
+    with pytest.raises(TargetError, match=cause[attribute]):
+        train(small("default", f"{source}:{attribute}"), tmp_path / "run")
+
+
+def test_the_users_traceback_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(NAN_TARGET)
+    flags = ["--sync", "--wandb", "disabled", "--out", str(tmp_path / "run")]
+    assert main(["train", f"{source}:Broken", *flags]) == 1
+    output = capsys.readouterr()
+    assert f'File "{source}"' in output.out
+    assert 'raise RuntimeError("the simulator is not licensed")' in output.out
+    assert output.err == "driftstream: target 'broken' raised RuntimeError: the simulator is not licensed\n"
+
+
+def test_checkpoints_that_are_all_damaged_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    run.write_config(to_toml(replace(small("tb"), sync=True)))
+    (run.checkpoints / "step-3").mkdir()
+    assert main(["train", "--sync", "--resume", str(run.root)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("driftstream: no usable checkpoint in ")
 
 
 def test_killed_run_resumes_at_its_last_checkpoint_to_the_same_bytes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from driftstream.envs.errors import ConfigError, TargetError
-from driftstream.envs.targets import CountedTarget, Target, make_target, target_names
+from driftstream.envs.targets import CountedTarget, Target, make_target, target_names, unwrap
 from driftstream.envs.targets_gmm import GaussianMixture
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
@@ -178,6 +178,30 @@ def test_default_score_works_under_no_grad_and_leaves_its_input_alone() -> None:
     assert torch.autograd.gradcheck(target.score, y)
 
 
+class OwnScore(Quartic):
+    """A simulator that torch cannot differentiate, with its gradient."""
+
+    def log_reward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(-(x.numpy() ** 4).sum(-1))
+
+    def score(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(-4 * x.numpy() ** 3)
+
+
+class Clipped(Quartic):
+    def score(self, x: Tensor) -> Tensor:
+        return super().score(x).clamp(-1, 1)
+
+
+def test_a_score_of_ones_own_is_the_gradient_everywhere() -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for target, expected in ((OwnScore(), -4 * x**3), (Clipped(), (-4 * x**3).clamp(-1, 1))):
+        log_reward, score = CountedTarget(target).log_reward_and_score(x)
+        torch.testing.assert_close(log_reward, -x.pow(4).sum(-1))
+        torch.testing.assert_close(score, expected)
+        torch.testing.assert_close(CountedTarget(target).score(x), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -261,9 +285,12 @@ def test_counts_points_not_calls() -> None:
     target.log_reward_and_score(x[0, 0])
     assert (target.energy_evaluations, target.gradient_evaluations, target.calls) == (21, 6, 27)
     assert target.nonfinite == 0
-    assert target.means.shape == (25, 2)
-    with pytest.raises(AttributeError):
-        _ = target.no_such_attribute
+
+
+def test_unwrapping_takes_no_attribute_for_the_wrapper() -> None:
+    target = Quartic()
+    target.target = "the moon"  # type: ignore[attr-defined]
+    assert unwrap(target) is unwrap(CountedTarget(target)) is target
 
 
 def test_counts_nonfinite_points_and_stills_their_score() -> None:

@@ -53,7 +53,11 @@ def test_one_collapsed_well_is_the_worst_pair() -> None:
 
 def test_nothing_for_a_target_without_known_modes() -> None:
     target = make_target("funnel")
-    assert mode_coverage(target, exact(target)) == {}
+    samples = exact(target)
+    assert mode_coverage(target, samples) == {}
+    # Whatever its author calls his attributes.
+    target.means, target.left_well_mass = "of the groups", None  # type: ignore[attr-defined]
+    assert mode_coverage(CountedTarget(target), samples) == {}
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (5, 3), (2,)])

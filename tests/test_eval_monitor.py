@@ -205,5 +205,5 @@ def test_auto_looks_for_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_an_unknown_mode_is_named() -> None:
-    with pytest.raises(ConfigError, match="wandb = 'cloud'"):
+    with pytest.raises(ConfigError, match=r"^monitor\.wandb = 'cloud'"):
         MonitorConfig(wandb="cloud")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 
 from driftstream.envs.targets import CountedTarget, Target, make_target, target_names
-from driftstream.eval.plots import plot_samples, plot_training_curves
+from driftstream.eval.plots import DensityCache, plot_samples, plot_training_curves
 
 
 class Cube(Target):
@@ -45,6 +45,25 @@ def test_a_target_without_known_marginals_and_samples_outside(tmp_path: Path) ->
     one_panel = imread(plot_samples(make_target("gmm9"), samples[:, :2], tmp_path / "one.png"))
     three_panels = imread(plot_samples(Cube(), samples, tmp_path / "three.png"))
     assert three_panels.shape[1] == pytest.approx(3 * one_panel.shape[1], rel=0.01)
+
+
+def test_the_density_is_evaluated_once_in_small_batches(tmp_path: Path) -> None:
+    class Costly(Cube):
+        def __init__(self) -> None:
+            self.sizes: list[int] = []
+
+        def log_reward(self, x: torch.Tensor) -> torch.Tensor:
+            self.sizes.append(len(x))
+            return super().log_reward(x)
+
+    costly, cache = Costly(), DensityCache()
+    target = CountedTarget(costly)
+    for seed in range(2):
+        samples = torch.randn(100, 3, generator=torch.Generator().manual_seed(seed))
+        plot_samples(target, samples, tmp_path / f"{seed}.png", cache)
+        assert sum(costly.sizes) == 3 * 100 * 100
+    assert max(costly.sizes) <= 4096
+    assert target.calls == 0
 
 
 def test_one_dimension(tmp_path: Path) -> None:

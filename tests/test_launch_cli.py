@@ -28,8 +28,41 @@ class Gaussian(Target):
         return -0.5 * x.square().sum(-1)
 
 class WrongScore(Gaussian):
+    def score(self, x):
+        return x
+
+    def log_reward_and_score(self, x):
+        return self.log_reward(x), -x
+
+class WrongPair(Gaussian):
+    def score(self, x):
+        return -x
+
     def log_reward_and_score(self, x):
         return self.log_reward(x), x
+
+class Single(Gaussian):
+    def __init__(self):
+        self.matrix = 3 * torch.eye(3)
+
+    def log_reward(self, x):
+        return -(x @ self.matrix).square().sum(-1)
+
+class InsideSingle(Single):
+    def log_reward(self, x):
+        return super().log_reward(x.float())
+
+class BackFromSingle(InsideSingle):
+    def log_reward(self, x):
+        return super().log_reward(x).to(x.dtype)
+
+class WrongSingle(Single):
+    def score(self, x):
+        return x
+
+class Double(Gaussian):
+    def log_reward(self, x):
+        return -(x @ torch.eye(3).double()).square().sum(-1)
 
 class Raises(Gaussian):
     def log_reward(self, x):
@@ -193,13 +226,31 @@ def test_dry_run_shows_what_would_run_and_starts_nothing(
 def test_dry_run_checks_the_gradient_of_a_users_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.py"
     file.write_text(TARGETS)
-    assert main(["train", f"{file}:Gaussian", "--dry-run"]) == 0
-    assert main(["train", f"{file}:WrongScore", "--dry-run"]) == 1
-    assert "DISAGREES" in capsys.readouterr().out
+    both = ["score", "log_reward_and_score"]
+    for name, wrong, dtype in [
+        ("Gaussian", [], "float64"),
+        ("WrongScore", ["score"], "float64"),
+        ("WrongPair", ["log_reward_and_score"], "float64"),
+        ("Single", [], "float32"),
+        ("InsideSingle", [], "float32"),
+        ("BackFromSingle", [], "float32"),
+        ("WrongSingle", both, "float32"),
+    ]:
+        assert main(["train", f"{file}:{name}", "--dry-run"]) == bool(wrong)
+        text = capsys.readouterr().out
+        assert [method for method in both if f"# target: {method} DISAGREES" in text] == wrong
+        assert text.count(f"torch.{dtype})") == 2
+    # Training gives it float32.
+    assert main(["train", f"{file}:Double", "--dry-run"]) == 1
+    assert "target 'gaussian' raised RuntimeError" in capsys.readouterr().err
     assert main(["train", f"{file}:Raises", "--dry-run"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "gaussian" in line
     assert "ZeroDivisionError: division by zero" in line
+
+
+def test_fewer_samples_than_the_distance_takes_by_default() -> None:
+    assert resolved("gmm9", "--eval.samples", "500").eval.distance_samples == 500
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from driftstream.launch.supervisor import Supervisor
 pytestmark = pytest.mark.timeout(60)
 ROLES = Path(__file__).parent / "launch_roles.py"
 NAMES = {"learner", "actor-0", "refiner-0", "evaluator"}
-PATIENCE_S = 15.0
+PATIENCE_S = 30.0
 T = TypeVar("T")
 
 
@@ -154,11 +154,35 @@ def test_a_killed_role_is_reported_and_replaced(run: Run, name: str) -> None:
 def test_a_silent_role_is_killed_and_replaced(run: Run) -> None:
     def script() -> None:
         run.replaced("actor-0", signal.SIGSTOP)
-        assert run.event("actor-0", "silent for", "restarted")
+        assert run.event("actor-0", "silent for", "--supervisor.heartbeat-timeout-s", "restarted")
         run.finish()
 
     settings = SupervisorConfig(heartbeat_s=0.2, heartbeat_timeout_s=1.5)
     assert run.supervise(script=script, settings=settings) == (0, "")
+
+
+def test_a_pause_of_the_supervisor_is_no_silence_of_the_roles(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    write_plan(directory, SupervisorConfig(heartbeat_timeout_s=3.0))
+    command = [sys.executable, str(ROLES), str(directory.root), f"{ROLES}:obey"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as supervisor:
+        try:
+            wait_for(lambda: set(processes(directory.root)) == NAMES and directory.metrics.exists())
+            roles = processes(directory.root).values()
+            for pid in (*roles, supervisor.pid):
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(4.0)
+            # It goes on before them, and finds them silent.
+            os.kill(supervisor.pid, signal.SIGCONT)
+            time.sleep(0.5)
+            for pid in roles:
+                os.kill(pid, signal.SIGCONT)
+            (directory.root / "enough").touch()
+            assert supervisor.wait(PATIENCE_S) == 0
+        finally:
+            supervisor.kill()
+    for log in directory.logs.iterdir():
+        assert log.read_text().count("epoch") == 1, log
 
 
 def test_the_last_actor_beyond_its_restarts_ends_the_run(run: Run) -> None:

@@ -1,0 +1,77 @@
+"""What the evaluator leaves in a run directory, whatever the checkpoints, figures and plots are like."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
+from driftstream.envs.grids import GridConfig
+from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.targets import CountedTarget, Target, make_target
+from driftstream.eval.evaluation import EvalConfig
+from driftstream.eval.evaluator import Evaluator, final_evaluation
+from driftstream.learner.checkpoint import CheckpointState, save_checkpoint
+
+FEW = 10
+"""Too few samples for an estimate of khat, which is then NaN."""
+
+
+def make_evaluator(target: Target) -> Evaluator:
+    config = EvalConfig(samples=FEW)
+    return Evaluator(CountedTarget(target), BrownianProcess(5.0), GridConfig("uniform", 4), PolicyConfig(), config, 0)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run with two checkpoints and one row of metrics."""
+    policy = DiffusionPolicy(2, PolicyConfig())
+    for step in (10, 20):
+        state = CheckpointState(step, {"ema": policy.state_dict()}, {"energy_evaluations": 300 * step})
+        save_checkpoint(tmp_path / "checkpoints", state)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10, "train/loss": 1.0}) + "\n")
+    return tmp_path
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def test_results_are_json_even_where_a_figure_is_undefined(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics, images = final_evaluation(make_evaluator(make_target("gmm9")), run_dir)
+    assert math.isnan(metrics["eval/khat"])
+    results = json.loads((run_dir / "results.json").read_text(), parse_constant=refuse)
+    assert results.pop("eval/khat") is None
+    assert results == {name: value for name, value in metrics.items() if name != "eval/khat"}
+    assert (results["step"], results["energy_evaluations"]) == (20, 6000)
+    assert {name: Path(path).is_file() for name, path in images.items()} == {
+        "plots/samples": True,
+        "plots/training": True,
+    }
+    assert not caplog.records
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run_dir / "checkpoints" / "step-20" / "ema.safetensors").write_bytes(b"torn")
+    assert make_evaluator(make_target("gmm9")).load_checkpoint(run_dir)["step"] == 10
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "step-20" in record.message
+
+
+def test_a_plot_that_fails_is_one_warning(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Misplotted(Target):
+        name, dim = "misplotted", 2
+        projections = ((0, 7),)
+
+        def log_reward(self, x: torch.Tensor) -> torch.Tensor:
+            return -x.square().sum(-1)
+
+    metrics, images = final_evaluation(make_evaluator(Misplotted()), run_dir)
+    assert "eval/log_z_lower_bound" in metrics
+    assert set(images) == {"plots/training"}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "plots/samples is not drawn (IndexError" in record.message

@@ -1,0 +1,109 @@
+"""From flags to a configuration: what contradicts itself, and what a resumed run must keep."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from driftstream.actors.actor import ActorConfig
+from driftstream.actors.refiner import RefinerConfig
+from driftstream.buffers.control import ControlClient, Endpoints, RoleContext
+from driftstream.buffers.replay import ReplayConfig
+from driftstream.envs.errors import ConfigError
+from driftstream.launch.cli import main
+from driftstream.launch.config import RunConfig, resolve, to_toml
+from driftstream.launch.configure import configure
+from driftstream.launch.roles import run_role
+from driftstream.launch.run_directory import RunDirectory
+from driftstream.launch.train import read_flags
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def resumed(run: RunDirectory, *arguments: str) -> RunConfig:
+    flags, config_flags = read_flags(["--resume", str(run.root), *arguments], "driftstream train")
+    return configure(flags, config_flags, "driftstream train")
+
+
+def make_run(root: Path, **changes: object) -> RunDirectory:
+    run = RunDirectory.create(root / "run")
+    run.write_config(to_toml(resolve(replace(RunConfig(target="manywell", target_options={"dim": 4}), **changes))))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        ("--target-options dim 6", "target_options"),
+        ("--sync", "sync"),
+        ("--policy.hidden 32", "policy.hidden"),
+        ("--policy.langevin", "policy.langevin"),
+        ("--process.diffusion-variance 7", "process.diffusion_variance"),
+        ("--replay.capacity 1000", "replay.capacity"),
+        ("--replay.source terminals", "replay.source"),
+        ("--replay.prioritization uniform", "replay.prioritization"),
+        ("--device nonsense", "device"),
+    ],
+)
+def test_a_resumed_run_keeps_what_its_saved_state_depends_on(
+    flags: str, field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    before = run.config.read_text()
+    with pytest.raises(ConfigError) as refusal:
+        resumed(run, *flags.split())
+    assert refusal.value.field == field
+    assert main(["train", "--resume", str(run.root), "--dry-run", *flags.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{field} = " in line
+    assert run.config.read_text() == before
+    assert not list(run.logs.iterdir())
+
+
+def test_only_a_sync_run_keeps_its_roles(tmp_path: Path) -> None:
+    assert resumed(make_run(tmp_path / "stream"), "--actors", "3", "--refiners", "2").actor.count == 3
+    run = make_run(tmp_path / "sync", sync=True)
+    for flag, field in (("--actors", "actor.count"), ("--refiners", "refiner.count")):
+        with pytest.raises(ConfigError, match=f"{field} = 2: expected 1, as in the run to be resumed"):
+            resumed(run, flag, "2")
+
+
+def test_a_resumed_run_may_change_the_rest(tmp_path: Path) -> None:
+    flags = ["--grid.kind", "random", "--sampling-steps", "9", "--replay.ratio", "2", "--optim.learning-rate", "0.1"]
+    config = resumed(make_run(tmp_path), *flags)
+    assert (config.grid.kind, config.grid.sampling_steps, config.replay.ratio) == ("random", 9, 2.0)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "gmm25", "--sync", "--device", device]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"device = '{device}'" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_policy_runs_have_no_refined_states() -> None:
+    config = RunConfig(data="on_policy")
+    assert resolve(config).replay.source == "terminals"
+    with pytest.raises(ConfigError, match=r"replay\.source = 'refined'"):
+        resolve(replace(config, replay=ReplayConfig(source="refined")))
+
+
+@pytest.mark.parametrize(("role", "threads"), [("actor", 2), ("refiner", 3)])
+def test_roles_have_the_threads_that_are_configured(role: str, threads: int, tmp_path: Path) -> None:
+    config = resolve(RunConfig(target="gmm25", actor=ActorConfig(threads=2), refiner=RefinerConfig(threads=3)))
+    endpoints = Endpoints(
+        **{name: f"ipc://{tmp_path}/{name}" for name in ("stream", "weights", "ema_weights", "control")}
+    )
+    before = torch.get_num_threads()
+    with ControlClient(endpoints.control, f"{role}-0") as control:
+        control.stop.set()
+        try:
+            run_role(role, config, RoleContext(role, 0, 1, 0, tmp_path, endpoints, control))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
