@@ -1,10 +1,11 @@
 """Weights from the learner to all who need them: only the newest matters, and a late joiner gets it too.
 
-Why a PUB socket, which may drop, is enough: a snapshot supersedes all before it, every subscription (a first
-one, or one made again after a lost connection) is answered with the newest snapshot, and the publisher's
-queue is far from full at one frame a publication. A subscriber conflates: it holds one frame, the newest,
-however slow it is. So whoever is connected ends up with the newest weights, and memory stays at one frame
-each.
+Why a PUB socket, which may drop, is enough: a snapshot supersedes all before it, every subscription (a first one, or
+one made again after a lost connection) is answered with the newest snapshot, and the publisher's queue is far from
+full at one frame a publication. A subscriber conflates: it holds one frame, the newest, however slow it is. But a
+conflating socket drops a frame that arrives in the very moment in which it is read (libzmq writes only if the lock
+is free), so the newest snapshot is sent again whenever nothing was published for a tenth of a second. So whoever is
+connected ends up with the newest weights, and memory stays at one frame each.
 """
 
 import threading
@@ -16,6 +17,8 @@ import zmq
 from driftstream.buffers import sockets
 from driftstream.buffers.weights_wire import WeightSnapshot, decode_weights, encode_weights
 from driftstream.buffers.wire import WireError, WireLimits
+
+REPEAT_MS = 100
 
 
 class WeightPublisher:
@@ -77,11 +80,11 @@ class WeightPublisher:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._waker.socket, zmq.POLLIN)
         while True:
-            poller.poll()
+            idle = not poller.poll(REPEAT_MS)
             self._waker.clear()
             subscriptions = [frames for frames in sockets.drain(self._socket, copy=True) if frames[0][:1] == b"\x01"]
             with self._lock:
-                frame = self._newest if subscriptions or self._unsent else None
+                frame = self._newest if subscriptions or self._unsent or idle else None
                 self._unsent = False
                 closed = self._closed
             if frame is not None:

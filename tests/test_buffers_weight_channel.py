@@ -1,5 +1,7 @@
 """Weights over real sockets: the newest reaches everybody, whenever they join and however slow they are."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,3 +194,31 @@ def test_endpoints_are_checked() -> None:
             WeightPublisher(endpoint)
         with pytest.raises(ConfigError):
             WeightSubscriber(endpoint)
+
+
+FOLLOWER = """
+import sys
+from driftstream.buffers.weight_channel import WeightSubscriber
+
+with WeightSubscriber(sys.argv[1]) as subscriber:
+    for version in range(int(sys.argv[2])):
+        while subscriber.wait(1.0, min_version=version) is None:
+            pass
+        print(version, flush=True)
+"""
+
+
+@pytest.mark.timeout(40)
+def test_every_version_reaches_a_process_that_waits_for_it(tmp_path: Path) -> None:
+    """Lock-step: each version is waited for before the next. A conflating socket alone hangs within thousands."""
+    endpoint, versions = f"ipc://{tmp_path}/weights", 6000
+    command = [sys.executable, "-c", FOLLOWER, endpoint, str(versions)]
+    with (
+        WeightPublisher(endpoint) as publisher,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower,
+    ):
+        assert follower.stdout is not None
+        for version in range(versions):
+            publisher.publish(snapshot(version, size=150))
+            assert follower.stdout.readline() == f"{version}\n"
+        assert follower.wait(10) == 0
