@@ -5,6 +5,7 @@ reward. Each returns a scalar; gradients flow to whatever the arguments depend o
 states that were drawn with reparametrisation; the others for detached states of any path distribution.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,6 +88,23 @@ def subtrajectory_balance(log_pf: Tensor, log_pb: Tensor, log_flow: Tensor, lam:
     weight = (weight / (0.5 * weight.sum())).to(potential.dtype)
     laplacian = torch.diag(weight.sum(-1)) - weight
     return (potential * (potential @ laplacian)).sum(-1).mean()
+
+
+def forward_looking_log_flow(
+    states: Tensor, times: Tensor, log_reward: Tensor, correction: Tensor, diffusion_variance: float
+) -> Tensor:
+    """Log flow (1 - t) log N(x; 0, sigma^2 t I) + t log R(x) + correction, at times t in (0, 1].
+
+    Shapes: `states [B, N, D]`, `times [N]`, `log_reward` and `correction` (a network's output) `[B, N]`, each at
+    the state of its own time; returns `[B, N]`. Gradients flow to `correction`, and to `states` and `log_reward`.
+    `diffusion_variance` is sigma^2 per unit of time.
+
+    Source: Pan et al. 2023 (arXiv 2302.01687); Zhang et al. 2024 (DGFS, arXiv 2310.02679).
+    """
+    variance = diffusion_variance * times
+    log_scale = states.shape[-1] * (variance.log() + math.log(2.0 * math.pi))
+    log_reference = -0.5 * (states.square().sum(-1) / variance + log_scale)
+    return (1.0 - times) * log_reference + times * log_reward + correction
 
 
 def reverse_kl(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:

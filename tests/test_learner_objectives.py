@@ -10,6 +10,7 @@ from torch import Tensor
 
 from driftstream.learner.objectives import (
     detailed_balance,
+    forward_looking_log_flow,
     reverse_kl,
     subtrajectory_balance,
     trajectory_balance,
@@ -39,6 +40,18 @@ def test_golden_values(golden: Golden, dtype: torch.dtype, rel: float) -> None:
     }
     for name, result in results.items():
         assert result.item() == pytest.approx(float(values[name]), rel=rel), name
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-5), (torch.float32, 1e-4)])
+def test_golden_forward_looking_flow(golden: Golden, dtype: torch.dtype, rel: float) -> None:
+    values, process = golden("objectives"), golden("process")
+    states = torch.as_tensor(process["uniform_states"], dtype=dtype)[:, 1:-1]
+    times = torch.as_tensor(process["uniform_times"], dtype=dtype)[1:-1]
+    nn, log_reward = (
+        torch.as_tensor(values[f"forward_looking_{key}"], dtype=dtype)[:, 1:-1] for key in ("nn", "log_reward")
+    )
+    flow = forward_looking_log_flow(states, times, log_reward, nn, float(process["sigma_squared"]))
+    np.testing.assert_allclose(flow, values["forward_looking_log_flow_interior"], rtol=rel)
 
 
 def naive_subtb(pf: Tensor, pb: Tensor, flow: Tensor, lam: float) -> float:
