@@ -37,3 +37,7 @@ def test_example_method_is_a_method(tmp_path: Path) -> None:
     path.write_text(source)
     config = load_method(str(path)).config
     assert (config.policy.hidden, config.replay.ratio) == (128, 0.5)
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert not re.findall(r"\b(?:TODO|[A-Z]+_[A-Z]*(?:ROWS|TABLE|PLACEHOLDER))\b", (ROOT / "README.md").read_text())
