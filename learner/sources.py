@@ -96,16 +96,20 @@ class StreamSource:
             return None
         batch = self._accept(message)
         if batch is None:
-            self._server.release(message, self._publisher.version)
+            self._release(message)
             return None
         return FreshBatch(batch.to(self._like.device), message.policy_version, message)
 
     def consumed(self, batch: FreshBatch) -> None:
         assert batch.message is not None
+        self._release(batch.message)
+
+    def _release(self, message: Message) -> None:
+        """Let its sender make another batch: at once, or in lock-step when the learner next asks for one."""
         if self._lock_step:
-            self._held.append(batch.message)
+            self._held.append(message)
         else:
-            self._server.release(batch.message, self._publisher.version)
+            self._server.release(message, self._publisher.version)
 
     def refined(self) -> list[tuple[Tensor, Tensor]]:
         batches = []

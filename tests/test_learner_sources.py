@@ -1,0 +1,45 @@
+"""The learner's end of the stream, over real sockets."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from driftstream.buffers.channels import StreamClient, StreamConfig, StreamServer
+from driftstream.envs.grids import uniform_grid
+from driftstream.launch.config import resolve
+from driftstream.launch.methods import load_method
+from driftstream.launch.roles import build_learner
+from driftstream.learner.limits import Budget
+from driftstream.learner.publisher import Publisher
+from driftstream.learner.sources import StreamSource
+
+WAIT_S = 10.0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("rows", [0, 4], ids=["empty", "used"])
+def test_in_lock_step_the_next_batch_is_made_with_the_weights_of_the_step_that_asks(tmp_path: Path, rows: int) -> None:
+    config = load_method("default").config
+    learner = build_learner(resolve(replace(config, replay=replace(config.replay, capacity=100, minimum=10))), seed=0)
+    stream, endpoint = StreamConfig(max_staleness=0), f"ipc://{tmp_path}/stream"
+    publisher = Publisher(learner, Budget(config.limits), f"ipc://{tmp_path}/weights", f"ipc://{tmp_path}/ema")
+    publisher.publish()
+    with (
+        StreamServer(endpoint, stream, max_outstanding=1) as server,
+        StreamClient(endpoint, "actor-0", 0, stream) as actor,
+    ):
+        source = StreamSource(server, publisher, learner.policy, lock_step=True)
+        assert actor.wait_for_credit(WAIT_S) == 0
+        tensors = {"states": torch.zeros(rows, 6, 2), "times": uniform_grid(5), "log_reward": torch.zeros(rows)}
+        actor.send("trajectories", tensors, policy_version=0, counters={"energy_evaluations": 4})
+        batch = source.fresh(WAIT_S, step=0, progress=0.0)
+        assert (batch is None) == (rows == 0)
+        if batch is not None:
+            source.consumed(batch)
+        learner.step = 5
+        assert source.fresh(0.0, step=5, progress=0.0) is None
+        assert actor.wait_for_credit(WAIT_S) == 5
+        assert source.spent() == 4
+    publisher.close()
