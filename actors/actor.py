@@ -15,7 +15,7 @@ from driftstream.buffers.channels import StreamClient, StreamConfig
 from driftstream.buffers.control import RoleContext
 from driftstream.envs.errors import TargetError, require
 from driftstream.envs.grids import GridConfig, make_grid, uniform_grid
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget
 
 POLL_S = 0.2
@@ -42,7 +42,7 @@ class ExplorationActor:
     def __init__(
         self,
         policy: DiffusionPolicy,
-        process: BrownianProcess,
+        process: DiffusionProcess,
         target: CountedTarget,
         grid: GridConfig,
         exploration: ExplorationConfig,

@@ -1,6 +1,7 @@
-"""The policy network: drift and log-variance of the forward process (PIS architecture)."""
+"""The networks of a sampler: forward policy P_F, backward policy P_B and state flow (PIS architecture)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +11,39 @@ from driftstream.envs.errors import require
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Shape of the policy network. `learned_variance = None` is resolved from the target's dimension."""
+    """Shape of the networks, and which of them there are.
+
+    `learned_variance = None` is resolved from the target's dimension. `langevin_scale` says whether the score's
+    factor of Langevin policies is one number a time, or one a dimension. With `learned_backward`, P_B's contraction
+    and variance are multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the objectives
+    that balance flows, and `auto` is resolved from the objective; a `forward_looking` flow starts from the target
+    (log rewards below -`reward_clip` are raised to it there).
+    """
 
     hidden: int = 64
     harmonics: int = 64
     learned_variance: bool | None = None
     log_var_range: float = 4.0
     langevin: bool = False
+    langevin_scale: Literal["dimension", "scalar"] = "dimension"
     score_clip: float = 100.0
     drift_clip: float = 1e4
+    learned_backward: bool = False
+    backward_scale: float = 0.1
+    state_flow: Literal["auto", "none", "plain", "forward_looking"] = "auto"
+    reward_clip: float = 1e4
 
     def __post_init__(self) -> None:
-        require(self.hidden >= 1, "policy.hidden", self.hidden, "at least 1")
-        require(self.harmonics >= 1, "policy.harmonics", self.harmonics, "at least 1")
-        require(self.log_var_range > 0, "policy.log_var_range", self.log_var_range, "a positive number")
-        require(self.score_clip > 0, "policy.score_clip", self.score_clip, "a positive number")
-        require(self.drift_clip > 0, "policy.drift_clip", self.drift_clip, "a positive number")
+        for name in ("hidden", "harmonics"):
+            require(getattr(self, name) >= 1, f"policy.{name}", getattr(self, name), "at least 1")
+        for name in ("log_var_range", "score_clip", "drift_clip", "reward_clip"):
+            require(getattr(self, name) > 0, f"policy.{name}", getattr(self, name), "a positive number")
+        scales = ("dimension", "scalar")
+        require(self.langevin_scale in scales, "policy.langevin_scale", self.langevin_scale, "'dimension' or 'scalar'")
+        scale = self.backward_scale
+        require(0 < scale < 1, "policy.backward_scale", scale, "a number in (0, 1)")
+        flows = ("auto", "none", "plain", "forward_looking")
+        require(self.state_flow in flows, "policy.state_flow", self.state_flow, "one of " + ", ".join(flows))
 
 
 class TimeFeatures(nn.Module):
@@ -43,41 +61,17 @@ class TimeFeatures(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-@dataclass(frozen=True)
-class TimeEmbedding:
-    """What the policy needs of the times alone, computed once per grid and sliced per step.
+class StateTimeNet(nn.Module):
+    """A function of state and time, zero at first: `(x [..., D], embedding [..., H]) -> [..., outputs]`.
 
-    `hidden [T, H]` enters the drift network; `langevin_scale [T, D]` multiplies the clipped score (LP only).
+    Time features -> Linear-GELU-Linear, plus Linear(state) -> GELU, [Linear, GELU] x 2, Linear. What depends on
+    the times alone comes from `embed`, so that it is computed once a grid.
     """
 
-    hidden: Tensor
-    langevin_scale: Tensor | None
-
-    def __getitem__(self, index: int) -> "TimeEmbedding":
-        scale = self.langevin_scale
-        return TimeEmbedding(self.hidden[index], None if scale is None else scale[index])
-
-
-class DiffusionPolicy(nn.Module):
-    """Drift u(x, t) and log-variance offset v(x, t) of the Euler-Maruyama forward policy.
-
-    Time features -> Linear-GELU-Linear, plus Linear(state) -> GELU, [Linear, GELU] x 2, Linear; the last layer
-    starts at zero, so an untrained policy is the uncontrolled process. With `langevin` the drift gains
-    NN2(t) * clip(score), NN2 a three-layer network of its own time features with zero weights and bias 0.01 in
-    its last layer. With `learned_variance` v = range * tanh(raw), else v is None (zero).
-
-    Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C.
-    """
-
-    def __init__(self, dim: int, config: PolicyConfig) -> None:
+    def __init__(self, dim: int, outputs: int, hidden: int, harmonics: int) -> None:
         super().__init__()
-        hidden = config.hidden
-        self.dim = dim
-        self.config = config
-        self.learned_variance = bool(config.learned_variance)
-        self.langevin = config.langevin
-        self.time_features = TimeFeatures(config.harmonics)
-        self.time_net = nn.Sequential(nn.Linear(2 * config.harmonics, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.time_features = TimeFeatures(harmonics)
+        self.time_net = nn.Sequential(nn.Linear(2 * harmonics, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.state_net = nn.Linear(dim, hidden)
         self.joint_net = nn.Sequential(
             nn.GELU(),
@@ -85,24 +79,69 @@ class DiffusionPolicy(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, hidden),
             nn.GELU(),
-            nn.Linear(hidden, dim * (2 if self.learned_variance else 1)),
+            nn.Linear(hidden, outputs),
         )
         _zero(self.joint_net[-1])
+
+    def embed(self, t: Tensor) -> Tensor:
+        """Embedding `[T, H]` of the times `t [T]`."""
+        return self.time_net(self.time_features(t))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.joint_net(self.state_net(x) + embedding)
+
+
+@dataclass(frozen=True)
+class TimeEmbedding:
+    """What the forward policy needs of the times alone, computed once per grid and sliced per step.
+
+    `hidden [T, H]` enters the drift network; `langevin_scale [T, D or 1]` multiplies the clipped score (LP only).
+    """
+
+    hidden: Tensor
+    langevin_scale: Tensor | None
+
+    def __getitem__(self, index: int | Tensor) -> "TimeEmbedding":
+        scale = self.langevin_scale
+        return TimeEmbedding(self.hidden[index], None if scale is None else scale[index])
+
+
+class DiffusionPolicy(nn.Module):
+    """Drift u(x, t) and log-variance offset v(x, t) of the forward policy, with what the configuration adds.
+
+    The last layers start at zero, so an untrained policy is the uncontrolled process. With `langevin` the drift
+    gains NN2(t) * clip(score), NN2 a three-layer network of its own time features with zero weights and bias 0.01
+    in its last layer. With `learned_variance` v = range * tanh(raw), else v is None (zero).
+
+    Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C.
+    """
+
+    def __init__(self, dim: int, config: PolicyConfig) -> None:
+        super().__init__()
+        hidden, harmonics = config.hidden, config.harmonics
+        self.dim = dim
+        self.config = config
+        self.learned_variance = bool(config.learned_variance)
+        self.langevin = config.langevin
+        self.forward_net = StateTimeNet(dim, dim * (2 if self.learned_variance else 1), hidden, harmonics)
         if self.langevin:
-            self.langevin_features = TimeFeatures(config.harmonics)
+            self.langevin_features = TimeFeatures(harmonics)
             self.langevin_net = nn.Sequential(
-                nn.Linear(2 * config.harmonics, hidden),
+                nn.Linear(2 * harmonics, hidden),
                 nn.GELU(),
                 nn.Linear(hidden, hidden),
                 nn.GELU(),
-                nn.Linear(hidden, dim),
+                nn.Linear(hidden, dim if config.langevin_scale == "dimension" else 1),
             )
             _zero(self.langevin_net[-1], bias=0.01)
+        self.backward_net = StateTimeNet(dim, 2 * dim, hidden, harmonics) if config.learned_backward else None
+        has_flow = config.state_flow in ("plain", "forward_looking")
+        self.flow_net = StateTimeNet(dim, 1, hidden, harmonics) if has_flow else None
 
     def embed_times(self, t: Tensor) -> TimeEmbedding:
         """Embedding of the times `t [T]` at which steps start."""
         scale = self.langevin_net(self.langevin_features(t)) if self.langevin else None
-        return TimeEmbedding(self.time_net(self.time_features(t)), scale)
+        return TimeEmbedding(self.forward_net.embed(t), scale)
 
     def forward(self, x: Tensor, embedding: TimeEmbedding, score: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Drift and log-variance offset at states `x`.
@@ -115,7 +154,7 @@ class DiffusionPolicy(nn.Module):
         Returns:
             `(drift [..., D], log_var [..., D] or None)`. Gradients flow to the parameters, to `x` and to `score`.
         """
-        out = self.joint_net(self.state_net(x) + embedding.hidden)
+        out = self.forward_net(x, embedding.hidden)
         drift, log_var = out, None
         if self.learned_variance:
             drift, raw = out.chunk(2, dim=-1)
@@ -127,6 +166,21 @@ class DiffusionPolicy(nn.Module):
             drift = drift + embedding.langevin_scale * score.clamp(-clip, clip)
         return drift.clamp(-self.config.drift_clip, self.config.drift_clip), log_var
 
+    def backward_factors(self, x: Tensor, embedding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Factors of P_B's contraction and variance at states `x [..., D]` after a step, each like `x`, near 1.
+
+        `embedding` is `embed_backward` of the times of `x`. (None, None) where P_B is fixed. Gradients flow to the
+        parameters and to `x`.
+        """
+        if self.backward_net is None or embedding is None:
+            return None, None
+        mean, variance = (1.0 + self.config.backward_scale * self.backward_net(x, embedding).tanh()).chunk(2, dim=-1)
+        return mean, variance
+
+    def embed_backward(self, t: Tensor) -> Tensor | None:
+        """Embedding `[T, H]` for `backward_factors` of the times `t [T]` at which steps end; None for a fixed P_B."""
+        return None if self.backward_net is None else self.backward_net.embed(t)
+
 
 def _zero(layer: nn.Module, bias: float = 0.0) -> None:
     assert isinstance(layer, nn.Linear)
@@ -134,4 +188,4 @@ def _zero(layer: nn.Module, bias: float = 0.0) -> None:
     nn.init.constant_(layer.bias, bias)
 
 
-__all__ = ["DiffusionPolicy", "PolicyConfig", "TimeEmbedding", "TimeFeatures"]
+__all__ = ["DiffusionPolicy", "PolicyConfig", "StateTimeNet", "TimeEmbedding", "TimeFeatures"]

@@ -1,4 +1,4 @@
-"""The fused rollout, and the one scorer of trajectories in both directions.
+"""The fused rollout, its way back, and the one scorer of trajectories in both directions.
 
 TB-type objectives accept any path: the rollout's noise may be widened by exploration, while the score that the
 learner trains on is always computed here, from states, with its current parameters.
@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget, Target
 from driftstream.envs.trajectory import make_trajectories
 
@@ -17,7 +17,7 @@ from driftstream.envs.trajectory import make_trajectories
 @torch.no_grad()
 def rollout(
     policy: DiffusionPolicy,
-    process: BrownianProcess,
+    process: DiffusionProcess,
     target: Target | CountedTarget,
     times: Tensor,
     batch_size: int,
@@ -36,29 +36,56 @@ def rollout(
         Trajectories (`envs.trajectory`) with batch size `[B]`; `scores [B, T, D]` at the start of every step are
         there when the policy uses them, so that the learner need not evaluate the target again. No gradient.
     """
-    steps, dim = len(times) - 1, policy.dim
-    dt = times.diff().tolist()
+    sampling_steps, dim = len(times) - 1, policy.dim
     embedding = policy.embed_times(times[:-1])
-    states = times.new_empty(batch_size, steps + 1, dim)
-    scores = times.new_empty(batch_size, steps, dim) if policy.langevin else None
-    x = states[:, 0] = times.new_zeros(batch_size, dim)
-    for n in range(steps):
+    states = times.new_empty(batch_size, sampling_steps + 1, dim)
+    scores = times.new_empty(batch_size, sampling_steps, dim) if policy.langevin else None
+    x = states[:, 0] = process.sample_prior(batch_size, dim, generator, times.device, times.dtype)
+    for n, step in enumerate(process.steps(times)):
         score = None
         if scores is not None:
             score = scores[:, n] = target.score(x)
         drift, log_var = policy(x, embedding[n], score)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = process.step(x, drift, dt[n], noise, log_var=log_var, extra_variance=exploration_std**2)
+        x = process.step(x, drift, step, noise, log_var=log_var, extra_variance=exploration_std**2)
         states[:, n + 1] = x
     return make_trajectories(states, times, target.log_reward(x), scores=scores)
 
 
+@torch.no_grad()
+def rollout_backward(
+    policy: DiffusionPolicy,
+    process: DiffusionProcess,
+    terminal: Tensor,
+    times: Tensor,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Paths of P_B that end in terminal [B, D], on the grid times [T+1]: states [B, T+1, D], without gradient.
+
+    A fixed P_B needs no network (`DiffusionProcess.sample_bridge`); a learned one is run step by step.
+    """
+    embedding = policy.embed_backward(times[1:])
+    if embedding is None:
+        return process.sample_bridge(terminal, times, generator)
+    x = terminal
+    states = [x]
+    for n, step in reversed(list(enumerate(process.steps(times)))):
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if step.back_variance:
+            x = process.step_back(x, step, noise, *policy.backward_factors(x, embedding[n]))
+        else:
+            x = torch.zeros_like(x)
+        states.append(x)
+    return torch.stack(states[::-1], 1)
+
+
 def score_trajectories(
     policy: DiffusionPolicy,
-    process: BrownianProcess,
+    process: DiffusionProcess,
     states: Tensor,
     times: Tensor,
     scores: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-step log densities of given trajectories under the forward and the backward policy.
 
@@ -66,12 +93,19 @@ def score_trajectories(
         states: `[B, T+1, D]`, wherever they came from (rollouts, bridges, another sampler).
         times: `[T+1]`.
         scores: gradient of log R at `states[:, :-1]`, `[B, T, D]`; needed when the policy uses it.
+        index: for segments: `states [B, L+1, D]` (and `scores [B, L, D]`) stand at `times[index]`, index `[B, L+1]`.
 
     Returns:
-        `(log_pf [B, T], log_pb [B, T])`. Gradients flow to the policy's parameters, and to `states` if they
-        require it; exploration noise plays no part.
+        `(log_pf [B, T], log_pb [B, T])`, L for T with segments. Gradients flow to the policy's parameters, and to
+        `states` if they require it; exploration noise plays no part.
 
     Source: Sendera et al. 2024 (arXiv 2402.05098), section 2.
     """
-    drift, log_var = policy(states[:, :-1], policy.embed_times(times[:-1]), scores)
-    return process.log_pf(states, times, drift, log_var), process.log_pb(states, times)
+    forward, backward = policy.embed_times(times[:-1]), policy.embed_backward(times[1:])
+    if index is not None:
+        times = times[index]
+        forward = forward[index[:, :-1]]
+        backward = None if backward is None else backward[index[:, 1:] - 1]
+    drift, log_var = policy(states[:, :-1], forward, scores)
+    factors = policy.backward_factors(states[:, 1:], backward)
+    return process.log_pf(states, times, drift, log_var), process.log_pb(states, times, *factors)

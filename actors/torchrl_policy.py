@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor
 
 from driftstream.actors.policy import DiffusionPolicy
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets_base import Target
 
 
@@ -18,7 +18,7 @@ class TransitionHead(nn.Module):
 
     times: Tensor
 
-    def __init__(self, policy: DiffusionPolicy, process: BrownianProcess, target: Target, times: Tensor) -> None:
+    def __init__(self, policy: DiffusionPolicy, process: DiffusionProcess, target: Target, times: Tensor) -> None:
         super().__init__()
         self.policy = policy
         self.process = process
@@ -27,33 +27,33 @@ class TransitionHead(nn.Module):
 
     def forward(self, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         start = step.squeeze(-1).clamp_max(len(self.times) - 2)
-        dt = self.times.diff()[start].unsqueeze(-1)
+        kernels = self.process.kernels(self.times)
+        keep, gain, variance = (part[start].unsqueeze(-1) for part in kernels[:3])
         score = self.target.score(state) if self.policy.langevin else None
         drift, log_var = self.policy(state, self.policy.embed_times(self.times[start]), score)
-        variance = self.process.diffusion_variance * dt
         if log_var is not None:
             variance = variance * log_var.exp()
-        return state + drift * dt, variance.sqrt().expand_as(state)
+        return keep * state + gain * drift, variance.sqrt().expand_as(state)
 
 
 class ExplorationScale(nn.Module):
     """Adds the variance std^2 dt of Gaussian exploration: `(scale, step) -> scale`."""
 
-    times: Tensor
+    gain: Tensor
 
-    def __init__(self, std: float, times: Tensor) -> None:
+    def __init__(self, std: float, process: DiffusionProcess, times: Tensor) -> None:
         super().__init__()
         self.std = std
-        self.register_buffer("times", times)
+        self.register_buffer("gain", process.kernels(times).gain)
 
     def forward(self, scale: Tensor, step: Tensor) -> Tensor:
-        start = step.squeeze(-1).clamp_max(len(self.times) - 2)
-        return (scale.square() + self.std**2 * self.times.diff()[start].unsqueeze(-1)).sqrt()
+        start = step.squeeze(-1).clamp_max(len(self.gain) - 1)
+        return (scale.square() + self.std**2 * self.gain[start].unsqueeze(-1)).sqrt()
 
 
 def make_torchrl_policy(
     policy: DiffusionPolicy,
-    process: BrownianProcess,
+    process: DiffusionProcess,
     target: Target,
     times: Tensor,
     exploration_std: float = 0.0,
@@ -66,7 +66,9 @@ def make_torchrl_policy(
     head = TensorDictModule(
         TransitionHead(policy, process, target, times), in_keys=["state", "step"], out_keys=["loc", "scale"]
     )
-    explore = TensorDictModule(ExplorationScale(exploration_std, times), in_keys=["scale", "step"], out_keys=["scale"])
+    explore = TensorDictModule(
+        ExplorationScale(exploration_std, process, times), in_keys=["scale", "step"], out_keys=["scale"]
+    )
     return ProbabilisticActor(
         TensorDictSequential(head, explore) if exploration_std else head,
         in_keys=["loc", "scale"],

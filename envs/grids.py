@@ -1,6 +1,7 @@
 """Time grids: 0 = t_0 < … < t_T = 1."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -11,15 +12,27 @@ from driftstream.envs.errors import ConfigError, require
 
 @dataclass(frozen=True)
 class GridConfig:
-    """Which time grid to simulate on; `sampling_steps` (T) None is derived from the target when a run starts."""
+    """Which time grid to simulate on; `sampling_steps` (T) None is derived from the target when a run starts.
 
-    kind: Literal["uniform", "random"] = "uniform"
+    `given` takes `times`: 0, ..., 1, rising; it has its own number of steps.
+    """
+
+    kind: Literal["uniform", "random", "given"] = "uniform"
     sampling_steps: int | None = None
+    times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.kind in ("uniform", "random"), "grid.kind", self.kind, "'uniform' or 'random'")
-        steps = self.sampling_steps
+        kinds = ("uniform", "random", "given")
+        require(self.kind in kinds, "grid.kind", self.kind, "'uniform', 'random' or 'given'")
+        steps, times = self.sampling_steps, self.times
         require(steps is None or steps >= 1, "grid.sampling_steps", steps, "at least 1")
+        if self.kind == "given":
+            rises = len(times) >= 2 and all(a < b for a, b in pairwise(times))
+            require(rises and (times[0], times[-1]) == (0.0, 1.0), "grid.times", times, "rising numbers, 0 to 1")
+            fits = steps in (None, len(times) - 1)
+            require(fits, "grid.sampling_steps", steps, f"{len(times) - 1}, as grid.times says, or nothing")
+        else:
+            require(not times, "grid.times", times, "nothing unless grid.kind = 'given'")
 
 
 def uniform_grid(
@@ -49,6 +62,8 @@ def make_grid(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """times [T+1] with exact ends 0 and 1, newly drawn if random; ConfigError while T is unresolved."""
+    if config.kind == "given":
+        return torch.tensor(config.times, dtype=torch.float64).to(device, dtype)
     steps = config.sampling_steps
     if steps is None:
         raise ConfigError("grid.sampling_steps", None, "a number of steps (the configuration is not resolved)")

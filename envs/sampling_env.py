@@ -8,7 +8,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets_base import Target
 
 
@@ -25,7 +25,7 @@ class DiffusionSamplingEnv(EnvBase):
     def __init__(
         self,
         target: Target,
-        process: BrownianProcess,
+        process: DiffusionProcess,
         times: Tensor,
         batch_size: int,
         device: torch.device | str | None = None,

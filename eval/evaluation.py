@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy
-from driftstream.actors.rollout import rollout, score_trajectories
+from driftstream.actors.rollout import rollout, rollout_backward, score_trajectories
 from driftstream.envs.errors import require
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import Target
 from driftstream.eval.coverage import mode_coverage
 from driftstream.eval.distances import wasserstein2
@@ -64,7 +64,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate_sampler(
     policy: DiffusionPolicy,
-    process: BrownianProcess,
+    process: DiffusionProcess,
     target: Target,
     times: Tensor,
     config: EvalConfig | None = None,
@@ -116,7 +116,7 @@ def _weight_metrics(log_weight: Tensor, weight_or_zero: Tensor, log_z: float | N
 @torch.no_grad()
 def draw(
     policy: DiffusionPolicy,
-    process: BrownianProcess,
+    process: DiffusionProcess,
     target: Target,
     times: Tensor,
     n: int,
@@ -140,7 +140,7 @@ def draw(
 
 def _log_weight_of_exact(
     policy: DiffusionPolicy,
-    process: BrownianProcess,
+    process: DiffusionProcess,
     target: Target,
     exact: Tensor,
     times: Tensor,
@@ -149,7 +149,7 @@ def _log_weight_of_exact(
     """Log weights [n] of bridges that end in exact samples [n,D]."""
     log_weights = []
     for terminal in exact.split(_BATCH):
-        states = process.sample_bridge(terminal, times, generator)
+        states = rollout_backward(policy, process, terminal, times, generator)
         scores = target.score(states[:, :-1]) if policy.langevin else None
         log_pf, log_pb = score_trajectories(policy, process, states, times, scores)
         log_weights.append(_log_weight(target.log_reward(terminal), log_pf, log_pb))

@@ -13,7 +13,7 @@ from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
 from driftstream.actors.weights import PolicySubscriber
 from driftstream.buffers.control import RoleContext
 from driftstream.envs.grids import GridConfig, make_grid
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget
 from driftstream.eval.distances import wasserstein2_floor
 from driftstream.eval.evaluation import EvalConfig, Evaluation, evaluate_sampler
@@ -37,7 +37,7 @@ class Evaluator:
     def __init__(
         self,
         target: CountedTarget,
-        process: BrownianProcess,
+        process: DiffusionProcess,
         grid: GridConfig,
         policy: PolicyConfig,
         config: EvalConfig,

@@ -28,6 +28,7 @@ from driftstream.learner.checkpoint import CheckpointConfig
 from driftstream.learner.learner import LearnerConfig
 from driftstream.learner.limits import LimitsConfig
 from driftstream.learner.objectives import ObjectiveConfig
+from driftstream.learner.on_policy import RolloutConfig
 from driftstream.learner.optim import OptimConfig
 
 Option = int | float | bool | str
@@ -56,6 +57,7 @@ class RunConfig:
     stream: StreamConfig = StreamConfig()
     learner: LearnerConfig = LearnerConfig()
     optim: OptimConfig = OptimConfig()
+    rollout: RolloutConfig = RolloutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -84,13 +86,18 @@ def resolve(config: RunConfig) -> RunConfig:
     low = target.dim <= LOW_DIMENSION
     process, grid, policy, exploration = config.process, config.grid, config.policy, config.exploration
     variance = process.diffusion_variance or target.diffusion_variance
-    process = replace(process, diffusion_variance=variance)
-    if grid.sampling_steps is None:
+    process = replace(process, diffusion_variance=variance, prior_std=process.prior_std or variance**0.5)
+    if grid.kind == "given":
+        grid = replace(grid, sampling_steps=len(grid.times) - 1)
+    elif grid.sampling_steps is None:
         grid = replace(grid, sampling_steps=20 if low else 40)
     if policy.learned_variance is None:
         policy = replace(policy, learned_variance=low)
+    if policy.state_flow == "auto":
+        policy = replace(policy, state_flow="plain" if config.objective.balances_flows else "none")
     if exploration.std is None:
         exploration = replace(exploration, std=variance**0.5)
+    _check_objective(config, grid, policy)
     replay, streamed = config.replay, config.data == "stream"
     if replay.source == "auto":
         replay = replace(replay, source="refined" if streamed and config.refiner.count else "terminals")
@@ -101,6 +108,21 @@ def resolve(config: RunConfig) -> RunConfig:
     if streamed:
         require(config.actor.count > 0, "actor.count", 0, "at least 1, as data = 'stream'")
     return replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
+
+
+def _check_objective(config: RunConfig, grid: GridConfig, policy: PolicyConfig) -> None:
+    """Refuse what an objective cannot train on: ConfigError naming the field."""
+    objective, flow = config.objective, policy.state_flow
+    if objective.balances_flows:
+        require(flow != "none", "policy.state_flow", flow, f"a flow, as objective.name = '{objective.name}'")
+    length, steps = objective.segment_length, grid.sampling_steps or 1
+    require(length is None or length <= steps, "objective.segment_length", length, f"at most the {steps} steps")
+    if objective.pathwise:
+        require(config.data == "on_policy", "data", config.data, f"'on_policy', as objective.name = '{objective.name}'")
+        require(config.replay.ratio == 0, "replay.ratio", config.replay.ratio, "0, as nothing of it is trained on")
+    if objective.name == "maximum_likelihood":
+        require(config.replay.ratio > 0, "replay.ratio", 0, "a positive number, as only replay is trained on")
+        require(config.data == "stream", "data", config.data, "'stream', where refiners make what is learned")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

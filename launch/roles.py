@@ -13,7 +13,7 @@ from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.refiner import Refiner, run_refiner
 from driftstream.buffers.control import RoleContext
 from driftstream.envs.errors import ConfigError
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import make_process
 from driftstream.envs.targets import CountedTarget, make_target
 from driftstream.eval.evaluator import Evaluator, run_evaluator
 from driftstream.launch.config import RunConfig
@@ -46,27 +46,27 @@ def build_target(config: RunConfig, device: torch.device) -> CountedTarget:
     return CountedTarget(make_target(config.target, **config.target_options).to(device))
 
 
-def build_process(config: RunConfig) -> BrownianProcess:
-    """The run's diffusion process."""
-    assert config.process.diffusion_variance is not None, "resolve the configuration first"
-    return BrownianProcess(config.process.diffusion_variance)
-
-
 def build_learner(config: RunConfig, seed: int) -> Learner:
     """The learner; its seed decides the initial parameters and every random draw of its own."""
     device = resolve_device(config.device)
     return Learner(
         build_target(config, device),
-        build_process(config),
+        make_process(config.process),
         config.grid,
         config.policy,
         config.replay,
         config.objective,
         config.optim,
         config.learner,
+        config.rollout,
         seed,
         device,
     )
+
+
+def build_on_policy_actors(config: RunConfig, learner: Learner, seed: int) -> list[ExplorationActor]:
+    """Who rolls out in the learner's process: nobody where the learner differentiates through its own simulation."""
+    return [] if config.objective.pathwise else [build_actor(config, seed, learner.policy)]
 
 
 def build_actor(config: RunConfig, seed: int, policy: DiffusionPolicy | None = None) -> ExplorationActor:
@@ -80,7 +80,7 @@ def build_actor(config: RunConfig, seed: int, policy: DiffusionPolicy | None = N
         exploration = replace(exploration, std=0.0)
     return ExplorationActor(
         policy,
-        build_process(config),
+        make_process(config.process),
         target,
         config.grid,
         exploration,
@@ -108,7 +108,7 @@ def build_evaluator(config: RunConfig, seed: int | None = None) -> Evaluator:
         seed = derive_seed(config.seed, "evaluator")
     return Evaluator(
         build_target(config, device),
-        build_process(config),
+        make_process(config.process),
         config.grid,
         config.policy,
         config.eval,
@@ -127,10 +127,9 @@ def run_role(role: str, config: RunConfig, context: RoleContext) -> None:
     torch.set_num_threads(threads.get(role, 1))
     if role == "learner":
         learner = build_learner(config, context.seed)
-        on_policy_actor = None
+        on_policy_actors = None
         if config.data == "on_policy":
-            seed = derive_seed(context.seed, "actor")
-            on_policy_actor = build_actor(config, seed, learner.policy)
+            on_policy_actors = build_on_policy_actors(config, learner, derive_seed(context.seed, "actor"))
         run_learner(
             context,
             learner,
@@ -138,7 +137,7 @@ def run_role(role: str, config: RunConfig, context: RoleContext) -> None:
             config.checkpoint,
             config.stream,
             config.refiner.every,
-            on_policy_actor,
+            on_policy_actors,
         )
     elif role == "actor":
         run_actor(context, build_actor(config, context.seed), config.stream)

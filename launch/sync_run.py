@@ -6,10 +6,17 @@ from pathlib import Path
 
 import torch
 
+from driftstream.actors.refiner import Refiner
 from driftstream.eval.evaluator import final_evaluation
 from driftstream.eval.monitor import Monitor
 from driftstream.launch.config import RunConfig
-from driftstream.launch.roles import build_actor, build_evaluator, build_learner, build_refiner
+from driftstream.launch.roles import (
+    build_actor,
+    build_evaluator,
+    build_learner,
+    build_on_policy_actors,
+    build_refiner,
+)
 from driftstream.launch.seeding import derive_seed
 from driftstream.learner.checkpoint import Checkpointer, checkpoint_paths, load_latest
 from driftstream.learner.limits import Budget
@@ -34,14 +41,14 @@ def train_sync(
     """
     torch.set_num_threads(config.learner.threads)
     learner = build_learner(config, derive_seed(config.seed, "learner"))
-    actors = [
-        build_actor(config, derive_seed(config.seed, "actor", index), learner.policy)
-        for index in range(1 if config.data == "on_policy" else config.actor.count)
-    ]
-    refiners = [
-        build_refiner(config, derive_seed(config.seed, "refiner", index))
-        for index in range(0 if config.data == "on_policy" else config.refiner.count)
-    ]
+    refiners: list[Refiner] = []
+    if config.data == "on_policy":
+        actors = build_on_policy_actors(config, learner, derive_seed(config.seed, "actor", 0))
+    else:
+        actor_seeds = [derive_seed(config.seed, "actor", index) for index in range(config.actor.count)]
+        actors = [build_actor(config, seed, learner.policy) for seed in actor_seeds]
+        refiner_seeds = [derive_seed(config.seed, "refiner", index) for index in range(config.refiner.count)]
+        refiners = [build_refiner(config, seed) for seed in refiner_seeds]
     budget = Budget(config.limits)
     checkpointer = Checkpointer(run_dir / "checkpoints", config.checkpoint)
     evaluator = build_evaluator(config)

@@ -10,25 +10,35 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
-from driftstream.actors.rollout import score_trajectories
+from driftstream.actors.rollout import rollout_backward, score_trajectories
 from driftstream.buffers.rate_limiter import RateLimiter
 from driftstream.buffers.replay import ReplayConfig, TerminalReplay
 from driftstream.envs.errors import require
 from driftstream.envs.grids import GridConfig, make_grid
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget
-from driftstream.learner.objectives import ObjectiveConfig, log_weights, trajectory_balance, vargrad
+from driftstream.learner.losses import Paths, draw_segments, path_loss
+from driftstream.learner.objectives import ObjectiveConfig, log_weights
+from driftstream.learner.on_policy import RolloutConfig, pathwise_log_weight
 from driftstream.learner.optim import OptimConfig, Optimizer, WeightAverage
+
+Metrics = dict[str, Tensor | float]
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The learner's batch (trajectories an update; the actors' too), threads and cadences."""
+    """The learner's batch (trajectories an update; the actors' too), threads and cadences.
+
+    Every `grad_variance_every` steps (0 = never) the variance of the loss gradient is measured, on
+    `grad_variance_parts` equal parts of the batch.
+    """
 
     batch_size: int = 300
     threads: int = 1
     publish_every: int = 2
     report_every_s: float = 1.0
+    grad_variance_every: int = 0
+    grad_variance_parts: int = 10
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 2, "learner.batch_size", self.batch_size, "at least 2")
@@ -36,6 +46,11 @@ class LearnerConfig:
         require(self.publish_every >= 1, "learner.publish_every", self.publish_every, "at least 1 step")
         seconds = self.report_every_s
         require(seconds > 0, "learner.report_every_s", seconds, "a positive number of seconds")
+        every, parts = self.grad_variance_every, self.grad_variance_parts
+        require(every >= 0, "learner.grad_variance_every", every, "a number of steps, or 0 for never")
+        allowed = f"2 to half of learner.batch_size = {self.batch_size}"
+        enough = every == 0 or 2 <= parts <= self.batch_size // 2
+        require(enough, "learner.grad_variance_parts", parts, allowed)
 
 
 class Learner:
@@ -50,13 +65,14 @@ class Learner:
     def __init__(
         self,
         target: CountedTarget,
-        process: BrownianProcess,
+        process: DiffusionProcess,
         grid: GridConfig,
         policy: PolicyConfig,
         replay: ReplayConfig,
         objective: ObjectiveConfig,
         optim: OptimConfig,
         config: LearnerConfig,
+        simulation: RolloutConfig,
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -65,6 +81,7 @@ class Learner:
         self.grid = grid
         self.objective = objective
         self.config = config
+        self.simulation = simulation
         self.generator = torch.Generator(device).manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -78,6 +95,7 @@ class Learner:
         self.refined = TerminalReplay(target.dim, replay, device, self.generator)
         self.replay = self.refined if only_seeds else self.terminals
         self.limiter = RateLimiter(replay.ratio, replay.minimum)
+        self._log_z_started = False
         self.step = 0
         self.skipped = 0
         self.actor_calls = 0
@@ -92,20 +110,39 @@ class Learner:
         """Energy and gradient evaluations of the whole run so far: actors', refiners' and the learner's own."""
         return self.actor_calls + self.target.calls
 
-    def learn_fresh(self, batch: TensorDict, progress: float) -> dict[str, Tensor | float]:
-        """Update from a batch of trajectories, and keep their terminal states for replay and seeding."""
+    def learn_fresh(self, batch: TensorDict, progress: float) -> Metrics | None:
+        """Update from a batch of trajectories, and keep their terminal states for replay and seeding.
+
+        Maximum likelihood has no use for paths of the policy itself: they only say where log Z is, and the step
+        does not count (None).
+        """
         states, log_reward = batch["states"], batch["log_reward"]
         self.terminals.add(states[:, -1], log_reward)
-        scores = batch.get("scores", None)
-        return self._update(states, batch["times"][0], log_reward, scores, progress)
+        paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
+        if self.objective.name == "maximum_likelihood":
+            self._track_log_z(self._log_weight(paths).mean())
+            return None
+        return self._update(paths, progress)
 
-    def learn_replayed(self, progress: float) -> dict[str, Tensor | float]:
+    def learn_replayed(self, progress: float) -> Metrics:
         """Update from replayed terminal states with freshly drawn backward paths."""
         terminal, log_reward = self.replay.sample(self.config.batch_size)
         times = make_grid(self.grid, generator=self.generator, device=self.device)
-        states = self.process.sample_bridge(terminal, times, generator=self.generator)
+        states = rollout_backward(self.policy, self.process, terminal, times, self.generator)
         scores = self.target.score(states[:, :-1]) if self.policy.langevin else None
-        return self._update(states, times, log_reward, scores, progress)
+        return self._update(Paths(states, times, log_reward, scores), progress)
+
+    def learn_pathwise(self, progress: float) -> Metrics:
+        """Update from trajectories that the learner simulates itself, and differentiates through."""
+        log_weight = self._simulate(self.config.batch_size)
+        loss = -log_weight.mean()
+        self._track_log_z(log_weight.detach().mean())
+        extra: Metrics = {}
+        if self._measures_gradient():
+            share = self.config.batch_size // self.config.grad_variance_parts
+            gradients = [self._gradient(-self._simulate(share).mean()) for _ in range(self.config.grad_variance_parts)]
+            extra["train/grad_variance"] = gradient_variance(gradients)
+        return self._descend(loss, progress) | extra
 
     def draw_seeds(self, n: int) -> tuple[Tensor, Tensor] | None:
         """Terminal states `[n, D]` for a refiner, with their log rewards; None while there are none."""
@@ -115,19 +152,57 @@ class Learner:
         self.terminals.sampled -= n  # `samples_per_insert` is of what is trained on
         return seeds
 
-    def _update(
-        self, states: Tensor, times: Tensor, log_reward: Tensor, scores: Tensor | None, progress: float
-    ) -> dict[str, Tensor | float]:
-        log_pf, log_pb = score_trajectories(self.policy, self.process, states, times, scores)
-        log_weight = log_weights(log_pf.detach(), log_pb, log_reward)
-        if self.step == 0:
+    def _update(self, paths: Paths, progress: float) -> Metrics:
+        if not self._log_z_started:
             # Adam at rate 0.1 would need some ten steps a nat to find the level of log Z.
-            self.log_z.data.copy_(log_weight.mean())
-        if self.objective.name == "vargrad":
-            loss = vargrad(log_pf, log_pb, log_reward)
-            self.log_z.data.lerp_(log_weight.mean(), 0.1)
+            self._track_log_z(self._log_weight(paths).mean())
+        if self.objective.segment_length is not None:
+            paths = draw_segments(paths, self.objective.segment_length, self.generator)
+        loss, log_weight = self._loss(paths)
+        if log_weight is not None and self.objective.name == "vargrad":
+            self._track_log_z(log_weight.mean())
+        extra: Metrics = {}
+        if self._measures_gradient():
+            share = len(paths.states) // self.config.grad_variance_parts
+            parts = [paths[start * share : (start + 1) * share] for start in range(self.config.grad_variance_parts)]
+            if share:
+                gradients = [self._gradient(self._loss(part)[0]) for part in parts]
+                extra["train/grad_variance"] = gradient_variance(gradients)
+        return self._descend(loss, progress) | extra
+
+    def _loss(self, paths: Paths) -> tuple[Tensor, Tensor | None]:
+        return path_loss(self.objective, self.policy, self.process, self.target, paths, self.log_z)
+
+    @torch.no_grad()
+    def _log_weight(self, paths: Paths) -> Tensor:
+        scored = score_trajectories(self.policy, self.process, paths.states, paths.times, paths.scores)
+        return log_weights(*scored, paths.log_reward)
+
+    def _simulate(self, batch_size: int) -> Tensor:
+        times = make_grid(self.grid, generator=self.generator, device=self.device)
+        return pathwise_log_weight(
+            self.policy, self.process, self.target, times, batch_size, self.simulation, self.generator
+        )
+
+    def _track_log_z(self, mean_log_weight: Tensor) -> None:
+        """Let log Z follow the mean log weight where it is not learned; the first batch says where it starts."""
+        if self._log_z_started:
+            self.log_z.data.lerp_(mean_log_weight, 0.1)
         else:
-            loss = trajectory_balance(log_pf, log_pb, log_reward, self.log_z)
+            self.log_z.data.copy_(mean_log_weight)
+            self._log_z_started = True
+
+    def _measures_gradient(self) -> bool:
+        every = self.config.grad_variance_every
+        return every > 0 and self.step % every == 0
+
+    def _gradient(self, loss: Tensor) -> Tensor:
+        """The loss's gradient by all that is learned, flat."""
+        parameters = [*self.policy.parameters(), self.log_z]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def _descend(self, loss: Tensor, progress: float) -> Metrics:
         norm = self.optimizer.step(loss, progress)
         self.skipped += not math.isfinite(norm)
         self.average.update()
@@ -159,6 +234,7 @@ class Learner:
             "energy_evaluations": self.energy_evaluations,
             "average_updates": self.average.updates,
             "rate_limiter": self.limiter.state_dict(),
+            "log_z_started": self._log_z_started,
         }
         return groups, numbers
 
@@ -173,6 +249,12 @@ class Learner:
         self.refined.load_state_dict(groups["refined"])
         self.limiter.load_state_dict(numbers["rate_limiter"])
         self.generator.set_state(groups["random"]["learner"].cpu())
+        self._log_z_started = numbers["log_z_started"]
         self.step = numbers["step"]
         self.skipped = numbers["skipped"]
         self.actor_calls = numbers["energy_evaluations"] - self.target.calls
+
+
+def gradient_variance(gradients: list[Tensor]) -> float:
+    """Trace of the covariance of the mean of K >= 2 independent gradients [P]: that of all their data together."""
+    return float(torch.stack(gradients).var(0).sum() / len(gradients))

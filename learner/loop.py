@@ -5,17 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
-
 from driftstream.learner.checkpoint import Checkpointer, CheckpointState
-from driftstream.learner.learner import Learner
+from driftstream.learner.learner import Learner, Metrics
 from driftstream.learner.limits import Budget
 from driftstream.learner.publisher import Publisher
 from driftstream.learner.sources import DataSource
 
 WAIT_S = 0.1
-
-Metrics = dict[str, Tensor | float]
 
 
 class Report(Protocol):
@@ -126,10 +122,12 @@ class TrainingLoop:
         if self.publisher is not None and learner.step % learner.config.publish_every == 0:
             self.publisher.publish()
         self._refine()
+        if learner.objective.pathwise:
+            return learner.learn_pathwise(self.progress)
         replay_size = len(learner.replay)
         kind = learner.limiter.next(replay_size)
         if kind == "replay":
-            metrics = learner.learn_replayed(self.progress)
+            metrics: Metrics | None = learner.learn_replayed(self.progress)
         else:
             start = time.monotonic()
             batch = source.fresh(WAIT_S, learner.step, self.progress)

@@ -5,7 +5,6 @@ reward. Each returns a scalar; gradients flow to whatever the arguments depend o
 states that were drawn with reparametrisation; the others for detached states of any path distribution.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,16 +13,53 @@ from torch import Tensor
 
 from driftstream.envs.errors import require
 
+ObjectiveName = Literal[
+    "trajectory_balance",
+    "vargrad",
+    "detailed_balance",
+    "subtrajectory_balance",
+    "reverse_kl",
+    "maximum_likelihood",
+]
+OBJECTIVES: tuple[ObjectiveName, ...] = (
+    "trajectory_balance",
+    "vargrad",
+    "detailed_balance",
+    "subtrajectory_balance",
+    "reverse_kl",
+    "maximum_likelihood",
+)
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which loss the learner minimises."""
+    """Which loss the learner minimises.
 
-    name: Literal["trajectory_balance", "vargrad"] = "trajectory_balance"
+    `lam` is the λ of subtrajectory balance. With `segment_length` L, the objectives that balance flows train on
+    segments of L consecutive transitions, one of each trajectory, for L/T of the cost of whole trajectories.
+    """
+
+    name: ObjectiveName = "trajectory_balance"
+    lam: float = 2.0
+    segment_length: int | None = None
 
     def __post_init__(self) -> None:
-        known = ("trajectory_balance", "vargrad")
-        require(self.name in known, "objective.name", self.name, "one of " + ", ".join(known))
+        require(self.name in OBJECTIVES, "objective.name", self.name, "one of " + ", ".join(OBJECTIVES))
+        require(self.lam >= 0, "objective.lam", self.lam, "a number >= 0")
+        length = self.segment_length
+        require(length is None or length >= 1, "objective.segment_length", length, "at least 1")
+        fits = length is None or self.balances_flows
+        require(fits, "objective.segment_length", length, "nothing, as only flows are balanced on segments")
+
+    @property
+    def balances_flows(self) -> bool:
+        """Whether the objective needs a state flow."""
+        return self.name in ("detailed_balance", "subtrajectory_balance")
+
+    @property
+    def pathwise(self) -> bool:
+        """Whether the objective differentiates through the simulation, hence needs the learner's own rollouts."""
+        return self.name == "reverse_kl"
 
 
 def log_weights(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:
@@ -90,20 +126,15 @@ def subtrajectory_balance(log_pf: Tensor, log_pb: Tensor, log_flow: Tensor, lam:
     return (potential * (potential @ laplacian)).sum(-1).mean()
 
 
-def forward_looking_log_flow(
-    states: Tensor, times: Tensor, log_reward: Tensor, correction: Tensor, diffusion_variance: float
-) -> Tensor:
-    """Log flow (1 - t) log N(x; 0, sigma^2 t I) + t log R(x) + correction, at times t in (0, 1].
+def forward_looking_log_flow(log_reference: Tensor, times: Tensor, log_reward: Tensor, correction: Tensor) -> Tensor:
+    """Log flow (1 - t) log p_ref(x, t) + t log R(x) + correction, at times t in (0, 1].
 
-    Shapes: `states [B, N, D]`, `times [N]`, `log_reward` and `correction` (a network's output) `[B, N]`, each at
-    the state of its own time; returns `[B, N]`. Gradients flow to `correction`, and to `states` and `log_reward`.
-    `diffusion_variance` is sigma^2 per unit of time.
+    Shapes: all [B, N] (`times` [N] or [B, N]), each at the state of its own time; returns [B, N]. `log_reference` is
+    the log density of the uncontrolled process, N(0, σ²t I) for the Brownian one, and `correction` a network's
+    output. Gradients flow to every argument.
 
     Source: Pan et al. 2023 (arXiv 2302.01687); Zhang et al. 2024 (DGFS, arXiv 2310.02679).
     """
-    variance = diffusion_variance * times
-    log_scale = states.shape[-1] * (variance.log() + math.log(2.0 * math.pi))
-    log_reference = -0.5 * (states.square().sum(-1) / variance + log_scale)
     return (1.0 - times) * log_reference + times * log_reward + correction
 
 
@@ -113,3 +144,11 @@ def reverse_kl(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:
     Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141).
     """
     return -log_weights(log_pf, log_pb, log_reward).mean()
+
+
+def maximum_likelihood(log_pf: Tensor) -> Tensor:
+    """Mean negative log P_F of whole trajectories, for paths that P_B drew from states of the target.
+
+    Source: Sendera et al. 2024 (arXiv 2402.05098), section 3.
+    """
+    return -log_pf.sum(-1).mean()

@@ -8,25 +8,29 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from driftstream.actors.policy import DiffusionPolicy
 from driftstream.envs.errors import require
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam, its schedule over training progress, gradient clipping (0 = off) and the EMA (0 = off)."""
+    """Adam, its schedule over training progress, gradient clipping (0 = off) and the EMA (0 = off).
+
+    `learning_rate` is that of both policies; log Z and the state flow have their own.
+    """
 
     learning_rate: float = 1e-3
     log_z_learning_rate: float = 1e-1
+    flow_learning_rate: float = 1e-2
     schedule: Literal["constant", "cosine"] = "constant"
     final_fraction: float = 0.02
     clip_grad_norm: float = 0.0
     ema_decay: float = 0.998
 
     def __post_init__(self) -> None:
-        rate = self.learning_rate
-        require(rate > 0, "optim.learning_rate", rate, "a positive number")
-        rate = self.log_z_learning_rate
-        require(rate > 0, "optim.log_z_learning_rate", rate, "a positive number")
+        for name in ("learning_rate", "log_z_learning_rate", "flow_learning_rate"):
+            rate = getattr(self, name)
+            require(rate > 0, f"optim.{name}", rate, "a positive number")
         known = ("constant", "cosine")
         require(self.schedule in known, "optim.schedule", self.schedule, "'constant' or 'cosine'")
         fraction = self.final_fraction
@@ -45,19 +49,21 @@ class OptimConfig:
 
 
 class Optimizer:
-    """Adam over the policy and log Z (each with its own rate), with schedule and clipping."""
+    """Adam over policy, state flow and log Z (each with its own rate), with schedule and clipping."""
 
-    def __init__(self, policy: nn.Module, log_z: nn.Parameter, config: OptimConfig) -> None:
+    def __init__(self, policy: DiffusionPolicy, log_z: nn.Parameter, config: OptimConfig) -> None:
         self.config = config
-        self._parameters = [*policy.parameters(), log_z]
-        self.adam = torch.optim.Adam(
-            [
-                {"params": list(policy.parameters()), "base_lr": config.learning_rate},
-                {"params": [log_z], "base_lr": config.log_z_learning_rate},
-            ],
-            lr=config.learning_rate,
-            fused=True,
-        )
+        flow = [] if policy.flow_net is None else list(policy.flow_net.parameters())
+        others = set(flow)
+        rest = [parameter for parameter in policy.parameters() if parameter not in others]
+        self._parameters = [*rest, log_z, *flow]
+        groups = [
+            {"params": rest, "base_lr": config.learning_rate},
+            {"params": [log_z], "base_lr": config.log_z_learning_rate},
+        ]
+        if flow:
+            groups.append({"params": flow, "base_lr": config.flow_learning_rate})
+        self.adam = torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
     def step(self, loss: Tensor, progress: float) -> float:
         """One update from `loss`; returns the gradient's norm before clipping.

@@ -21,11 +21,12 @@ def run_learner(
     checkpoint: CheckpointConfig,
     stream: StreamConfig,
     refine_every: int,
-    on_policy_actor: ExplorationActor | None = None,
+    on_policy_actors: list[ExplorationActor] | None = None,
 ) -> None:
     """Train until a limit is reached or the run stops; goes on from the run's newest whole checkpoint, if any.
 
-    With `on_policy_actor` (which shares the learner's policy) nothing is streamed: the learner rolls out itself.
+    With `on_policy_actors` (which share the learner's policy; none where the learner differentiates through its own
+    simulation) nothing is streamed: this process makes the data itself.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
@@ -54,8 +55,8 @@ def run_learner(
         publisher = Publisher(learner, budget, endpoints.weights, endpoints.ema_weights)
         stack.callback(publisher.close)
         source: DataSource
-        if on_policy_actor is not None:
-            source = LocalSource([on_policy_actor], [])
+        if on_policy_actors is not None:
+            source = LocalSource(on_policy_actors, [])
         else:
             steps_per_batch = 1 + math.ceil(learner.limiter.ratio)
             window = stream.max_outstanding(steps_per_batch, learner.config.publish_every)

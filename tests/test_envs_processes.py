@@ -48,7 +48,7 @@ def test_random_steps_are_at_most_tenfold_apart_and_newly_drawn() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GridConfig("cosine"), "grid.kind = 'cosine': expected 'uniform' or 'random'"),  # type: ignore[arg-type]
+        (lambda: GridConfig("cosine"), "grid.kind = 'cosine': expected 'uniform', 'random' or 'given'"),  # type: ignore[arg-type]
         (lambda: GridConfig(sampling_steps=0), "grid.sampling_steps = 0: expected at least 1"),
         (lambda: make_grid(GridConfig()), "grid.sampling_steps = None"),
         (lambda: ProcessConfig(0.0), "process.diffusion_variance = 0.0: expected a positive number"),

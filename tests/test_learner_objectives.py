@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from driftstream.envs.processes import BrownianProcess
 from driftstream.learner.objectives import (
     detailed_balance,
     forward_looking_log_flow,
@@ -50,7 +51,8 @@ def test_golden_forward_looking_flow(golden: Golden, dtype: torch.dtype, rel: fl
     nn, log_reward = (
         torch.as_tensor(values[f"forward_looking_{key}"], dtype=dtype)[:, 1:-1] for key in ("nn", "log_reward")
     )
-    flow = forward_looking_log_flow(states, times, log_reward, nn, float(process["sigma_squared"]))
+    reference = BrownianProcess(float(process["sigma_squared"])).log_reference(states, times)
+    flow = forward_looking_log_flow(reference, times, log_reward, nn)
     np.testing.assert_allclose(flow, values["forward_looking_log_flow_interior"], rtol=rel)
 
 
