@@ -56,6 +56,13 @@ class GaussianMixture(Target):
         noise = torch.randn(n, self.dim, device=device, generator=generator)
         return (self.means.to(device, noise.dtype)[modes] + self.std * noise).to(self.device)
 
+    def noised(self, scale: float, variance: float) -> "GaussianMixture":
+        """The law of scale * x + N(0, variance I) for x of this mixture: a normalised mixture again.
+
+        ConfigError where nothing would be left to spread it (scale and variance both 0).
+        """
+        return GaussianMixture(self.name, scale * self.means, (scale * self.std) ** 2 + variance, self.weights)
+
     def _components(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x as columns [D, N]; log2 of the largest w_m N(x; mean_m, variance) [N]; ratios to it [M, N]."""
         _, means, log_scale = self._constants.like(x)

@@ -20,6 +20,7 @@ from driftstream.eval.estimators import (
     log_z_lower_bound,
     log_z_upper_bound,
 )
+from driftstream.eval.flow import KnownFlow, known_flow
 
 # Trajectories at a time: bounds the memory whatever the number of samples.
 _BATCH = 500
@@ -74,8 +75,10 @@ def evaluate_sampler(
     """Draws `config.samples` trajectories on the grid `times` [T+1] without exploration, and measures them.
 
     Bounds and differences are in nats. Metrics that need the true log Z or exact samples are left out where
-    the target has none. Trajectories whose log weight is not finite are counted (`eval/nonfinite`), and left
-    out but for the importance estimate and the effective sample size, where they have weight 0. No gradients.
+    the target has none, and `eval/flow_error` (root mean square, on bridges from exact samples) where there is no
+    state flow or the true one is not known. Trajectories whose log weight is not finite are counted
+    (`eval/nonfinite`), and left out but for the importance estimate and the effective sample size, where they have
+    weight 0. No gradients.
     """
     config = config or EvalConfig()
     samples, _, log_weight = draw(policy, process, target, times, config.samples, generator)
@@ -89,8 +92,12 @@ def evaluate_sampler(
     exact = target.sample(config.samples, generator)
     if exact is not None:
         exact = exact.to(times)
-        upper = log_z_upper_bound(_log_weight_of_exact(policy, process, target, exact, times, generator))
+        flow = known_flow(policy, process, target, times)
+        weight_of_exact, flow_error = _score_exact(policy, process, target, exact, times, flow, generator)
+        upper = log_z_upper_bound(weight_of_exact)
         metrics["eval/log_z_upper_bound"] = upper
+        if flow_error is not None:
+            metrics["eval/flow_error"] = flow_error
         if len(samples):
             metrics["eval/elbo_eubo_gap"] = upper - metrics["eval/log_z_lower_bound"]
             if n := config.distance_samples:
@@ -138,22 +145,25 @@ def draw(
     return samples, log_rewards, log_weights
 
 
-def _log_weight_of_exact(
+def _score_exact(
     policy: DiffusionPolicy,
     process: DiffusionProcess,
     target: Target,
     exact: Tensor,
     times: Tensor,
+    flow: KnownFlow | None,
     generator: torch.Generator | None,
-) -> Tensor:
-    """Log weights [n] of bridges that end in exact samples [n,D]."""
-    log_weights = []
+) -> tuple[Tensor, float | None]:
+    """Log weights [n] of bridges that end in exact samples [n,D], and on their states the flow's error, if known."""
+    log_weights, squares = [], []
     for terminal in exact.split(_BATCH):
         states = rollout_backward(policy, process, terminal, times, generator)
         scores = target.score(states[:, :-1]) if policy.langevin else None
         log_pf, log_pb = score_trajectories(policy, process, states, times, scores)
         log_weights.append(_log_weight(target.log_reward(terminal), log_pf, log_pb))
-    return torch.cat(log_weights)
+        if flow is not None:
+            squares.append(flow.residual(policy, process, target, states).square())
+    return torch.cat(log_weights), torch.cat(squares).mean().sqrt().item() if squares else None
 
 
 def _log_weight(log_reward: Tensor, log_pf: Tensor, log_pb: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget
 from driftstream.eval.distances import wasserstein2_floor
 from driftstream.eval.evaluation import EvalConfig, Evaluation, evaluate_sampler
+from driftstream.eval.flow_plots import plot_flow
 from driftstream.eval.monitor import METRICS_FILE, json_safe
 from driftstream.eval.plots import DensityCache, plot_samples, plot_training_curves
 from driftstream.learner.checkpoint import load_checkpoint, load_latest
@@ -50,9 +51,8 @@ class Evaluator:
         self.policy = DiffusionPolicy(target.dim, policy).to(device)
         self.device = torch.device(device)
         self._seed = seed
-        steps = config.sampling_steps or grid.sampling_steps
         # Random grids are for training; one sampler is evaluated on one grid.
-        self.times: Tensor = make_grid(GridConfig("uniform", steps), device=device)
+        self.times = self._uniform(config.sampling_steps or grid.sampling_steps)
         self._floor: float | None = None
         self._densities: DensityCache = {}
 
@@ -60,13 +60,17 @@ class Evaluator:
         """Take over the tensors of a policy."""
         self.policy.load_state_dict(tensors)
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate the policy as it is; every call draws the same random numbers."""
+    def evaluate(self, sampling_steps: int | None = None) -> Evaluation:
+        """Evaluate the policy as it is; every call draws the same random numbers.
+
+        `sampling_steps` takes a uniform grid of that many steps in place of the configured one.
+        """
+        times = self.times if sampling_steps is None else self._uniform(sampling_steps)
         generator = torch.Generator(self.device).manual_seed(self._seed)
         if self._floor is None and self.config.distance_samples:
             self._floor = wasserstein2_floor(self.target, self.config.distance_samples, generator)
         generator.manual_seed(self._seed + 1)
-        return evaluate_sampler(self.policy, self.process, self.target, self.times, self.config, generator, self._floor)
+        return evaluate_sampler(self.policy, self.process, self.target, times, self.config, generator, self._floor)
 
     def evaluate_checkpoint(self, run_dir: Path, checkpoint: Path | None = None) -> tuple[Evaluation, dict]:
         """Evaluate the averaged weights of a checkpoint (default: the newest whole one).
@@ -103,6 +107,14 @@ class Evaluator:
         path = run_dir / PLOTS / "samples.png"
         return _image("plots/samples", lambda: plot_samples(self.target, samples, path, self._densities))
 
+    def plot_flow(self, run_dir: Path) -> dict[str, str]:
+        """Plot the learned state flow beside the true one, where that is known; returns the image by its name."""
+        path = run_dir / PLOTS / "flow.png"
+        return _image("plots/flow", lambda: plot_flow(self.policy, self.process, self.target, self.times, path))
+
+    def _uniform(self, sampling_steps: int | None) -> Tensor:
+        return make_grid(GridConfig("uniform", sampling_steps), device=self.device)
+
 
 def final_evaluation(evaluator: Evaluator, run_dir: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Evaluate the last checkpoint, write results.json and the plots; returns metrics and images by name."""
@@ -113,7 +125,7 @@ def final_evaluation(evaluator: Evaluator, run_dir: Path) -> tuple[dict[str, flo
     partial = run_dir / f"{RESULTS_FILE}.partial"
     partial.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     partial.rename(run_dir / RESULTS_FILE)
-    images = evaluator.plot(evaluation.samples, run_dir)
+    images = evaluator.plot(evaluation.samples, run_dir) | evaluator.plot_flow(run_dir)
     metrics_path = run_dir / METRICS_FILE
     if metrics_path.exists():
         path = run_dir / PLOTS / "training.png"

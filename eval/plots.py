@@ -56,7 +56,7 @@ def plot_samples(target: Target, samples: Tensor, path: Path, cache: DensityCach
         else:
             _draw_projection(axes, target, samples[:, list(pair)], pair, cache)
     figure.suptitle(target.name, fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_projection(axes: Axes, target: Target, points: Tensor, pair: tuple[int, int], cache: DensityCache) -> None:
@@ -177,6 +177,7 @@ _PANELS = (
         ),
         lower=0.0,
     ),
+    _Panel("state flow: RMS error (nats)", (_Line("eval/flow_error", "", _BLUE),), log_scale=True),
     _Panel(
         "throughput (1/s)",
         (
@@ -191,7 +192,8 @@ _PANELS = (
 def plot_training_curves(metrics_path: Path, path: Path, last: Mapping[str, float | None] | None = None) -> Path | None:
     """Draws a run's `metrics.jsonl` over learner steps, in panels; those without data are left out.
 
-    Panels: log Z and its bounds, loss, effective sample size, W2 and its floor, mode coverage, throughput.
+    Panels: log Z and its bounds, loss, effective sample size, W2 and its floor, mode coverage,
+    error of the state flow, throughput.
     `last` is one more row, not yet in the file. Writes a PNG at `path` and returns it, or None when there is nothing
     to draw yet.
     """
@@ -208,7 +210,7 @@ def plot_training_curves(metrics_path: Path, path: Path, last: Mapping[str, floa
         _draw_panel(axes, panel, rows, names)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _read_rows(metrics_path: Path, last: Mapping[str, float | None] | None) -> list[dict[str, Any]]:
@@ -267,7 +269,8 @@ def _draw_line(axes: Axes, line: _Line, points: np.ndarray, label: str) -> None:
     axes.plot(step[window - 1 :], mean, color=line.color, linewidth=1.4, label=label)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a PNG at `path`, all of it or nothing, and returns it; makes the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The monitor may be reading the last one.
     partial = path.with_name(f".{path.name}.partial")

@@ -1,9 +1,10 @@
-"""The command line: `driftstream train|sample|eval|list`. Only what a command needs is imported."""
+"""The command line: `driftstream train|sample|eval|list|bench`. Only what a command needs is imported."""
 
 import sys
 from collections.abc import Sequence
 
 from driftstream.launch.flags import (
+    BenchFlags,
     EvalFlags,
     ListFlags,
     SampleFlags,
@@ -23,10 +24,12 @@ Train diffusion samplers for densities known up to their normaliser.
   driftstream eval RUN                        how good it is, and how far to trust it
   driftstream list targets                    what there is to sample
   driftstream list methods                    how there is to train
+  driftstream bench gradients                 how noisy the objectives' gradients are
+  driftstream bench objectives                what the objectives cost
 
 `driftstream COMMAND --help` lists a command's flags.
 """
-COMMANDS = ("train", "sample", "eval", "list")
+COMMANDS = ("train", "sample", "eval", "list", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,5 +63,10 @@ def _run(command: str, arguments: list[str], prog: str) -> int:
         from driftstream.launch import commands
 
         return commands.show_list(what)
+    if command == "bench":
+        measure = parse(BenchFlags, arguments, prog)
+        from driftstream.launch import bench
+
+        return bench.run(measure)
     close = suggestion(command, COMMANDS)
     raise UsageError(f"unknown command {command!r}{close} (commands: {', '.join(COMMANDS)})")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from driftstream.envs.targets import make_target, target_names
 from driftstream.eval.evaluation import draw
 from driftstream.eval.evaluator import Evaluator
 from driftstream.eval.monitor import json_safe
+from driftstream.eval.sampling_steps import plot_sampling_steps, sweep_sampling_steps
 from driftstream.launch.config import RunConfig, from_toml
+from driftstream.launch.describe import describe_data, describe_objective, describe_policy
 from driftstream.launch.flags import CommandError, EvalFlags, ListFlags, SampleFlags, UsageError
 from driftstream.launch.methods import load_method, method_names
-from driftstream.launch.progress import results_table
+from driftstream.launch.progress import evaluation_rows, results_table
 from driftstream.launch.roles import build_evaluator
 from driftstream.launch.run_directory import RunDirectory
 from driftstream.learner.checkpoint import CheckpointError
@@ -42,16 +45,63 @@ def sample(flags: SampleFlags) -> int:
 
 
 def evaluate(flags: EvalFlags) -> int:
-    """Evaluate the last checkpoint, on as many samples as asked for."""
-    evaluator, position = _load(flags.run, samples=flags.samples, seed=flags.seed)
-    metrics = evaluator.evaluate().metrics
-    metrics["eval/energy_evaluations"] = position["energy_evaluations"]
+    """Evaluate the last checkpoint of each run, on as many samples as asked for."""
+    runs, counts = flags.runs, flags.step_counts
+    loaded = {run: _load(run, samples=flags.samples, seed=flags.seed) for run in runs}
+    if counts is not None:
+        return _sweep(loaded, counts, flags.json)
+    every = []
+    for run, (evaluator, position) in loaded.items():
+        metrics = evaluator.evaluate().metrics
+        metrics["eval/energy_evaluations"] = position["energy_evaluations"]
+        if flags.json:
+            every.append(json_safe({**position, **metrics}))
+        else:
+            Console().print(results_table(_title(run, position), metrics))
     if flags.json:
-        results = {**position, **metrics}
-        print(json.dumps(json_safe(results), allow_nan=False))
-    else:
-        Console().print(results_table(f"{flags.run}, step {position['step']:,}", metrics))
+        named = [{"run": str(run), **results} for run, results in zip(runs, every, strict=True)]
+        print(json.dumps(every[0] if len(runs) == 1 else {"runs": named}, allow_nan=False))
     return 0
+
+
+def _sweep(loaded: dict[Path, tuple[Evaluator, dict[str, float]]], counts: Sequence[int], as_json: bool) -> int:
+    """Print each run's figures by number of steps, and plot them into the first run's directory."""
+    names = [run.resolve().name for run in loaded]
+    sweeps, results = [], []
+    for name, (run, (evaluator, position)) in zip(names, loaded.items(), strict=True):
+        learned = evaluator.policy.learned_variance
+        variance = f"{'learned' if learned else 'fixed'} variance"
+        sweep = sweep_sampling_steps(evaluator, counts, f"{name if names.count(name) == 1 else run}, {variance}")
+        sweeps.append(sweep)
+        if as_json:
+            rows = [{"sampling_steps": count, **json_safe(metrics)} for count, metrics in sweep.metrics.items()]
+            results.append({"run": str(run), "learned_variance": learned, **position, "by_sampling_steps": rows})
+        else:
+            Console().print(sweep_table(f"{_title(run, position)}, {variance}", sweep.metrics))
+    if as_json:
+        print(json.dumps({"runs": results}, allow_nan=False))
+    path = plot_sampling_steps(sweeps, RunDirectory.open(next(iter(loaded))).plots / "sampling_steps.png")
+    if path is not None and not as_json:
+        print(f"plot: {path}")
+    return 0
+
+
+def sweep_table(title: str, metrics: Mapping[int, Mapping[str, float]]) -> Table:
+    """A run's figures, one row for each number of steps."""
+    rows = {
+        count: {name: value for name, value, _ in evaluation_rows(row, brief=True)} for count, row in metrics.items()
+    }
+    headings = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table(title=title, title_justify="left")
+    for heading in ("steps", *headings):
+        table.add_column(heading, justify="right")
+    for count, row in rows.items():
+        table.add_row(str(count), *(row.get(heading, "") for heading in headings))
+    return table
+
+
+def _title(run: Path, position: dict[str, float]) -> str:
+    return f"{run}, step {position['step']:,}"
 
 
 def show_list(flags: ListFlags) -> int:
@@ -66,12 +116,17 @@ def show_list(flags: ListFlags) -> int:
             exact = "no" if target.sample(1) is None else "yes"
             table.add_row(name, str(target.dim), log_z, exact)
     else:
-        for heading in ("method", "summary", "source"):
+        table.add_column("method", no_wrap=True)
+        for heading in ("objective", "data", "policy", "source"):
             table.add_column(heading)
         for name in method_names():
             method = load_method(name)
-            table.add_row(name, method.summary, method.source)
-    Console().print(table)
+            config = method.config
+            words = (describe_objective(config), describe_data(config), describe_policy(config))
+            table.add_row(name, *words, method.source)
+    console = Console()
+    # A pipe has no width of its own, and five columns need more than the 80 that it would get.
+    (console if console.is_terminal else Console(width=120)).print(table)
     return 0
 
 

@@ -101,12 +101,38 @@ class EvalFlags:
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """Run directory."""
+    more: Annotated[tuple[Path, ...], Positional, arg(metavar="[RUN …]", help_behavior_hint="")] = ()
+    """Further runs, to compare."""
+    sampling_steps: Annotated[str | None, arg(metavar="N,N,…", help_behavior_hint="")] = None
+    """Tabulate and plot the figures against the number of steps, such as: 1,2,4,8,16,32,64,128."""
     samples: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as in training)")] = None
     """Trajectories to draw."""
     seed: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: as in training)")] = None
     """Seed of the draws."""
     json: bool = False
-    """Print one JSON object instead of a table."""
+    """Print one JSON object instead of tables."""
+
+    @property
+    def runs(self) -> tuple[Path, ...]:
+        """Every run directory; UsageError where one is named twice."""
+        runs = (self.run, *self.more)
+        if len({path.resolve() for path in runs}) < len(runs):
+            raise UsageError("a run is named twice")
+        return runs
+
+    @property
+    def step_counts(self) -> tuple[int, ...] | None:
+        """The numbers of steps, rising; None where none are asked for, UsageError for a list that is none."""
+        if self.sampling_steps is None:
+            return None
+        words = self.sampling_steps.split(",")
+        if not all(re.fullmatch(r"[1-9][0-9]{0,5}", word.strip(), re.ASCII) for word in words):
+            allowed = "positive integers (below a million) with commas between, such as 1,2,4,8"
+            raise UsageError(f"--sampling-steps {self.sampling_steps!r}: expected {allowed}")
+        counts = sorted(int(word) for word in words)
+        if len(set(counts)) < len(counts):
+            raise UsageError(f"--sampling-steps {self.sampling_steps!r}: a number is there twice")
+        return tuple(counts)
 
 
 @dataclass(frozen=True)
@@ -115,6 +141,36 @@ class ListFlags:
 
     what: Annotated[Literal["targets", "methods"], Positional]
     """targets or methods."""
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """Measure what the objectives cost and how noisy their gradients are, on the CPU in one thread.
+
+    gradients trains a sampler and tabulates every objective's gradient noise at equal cost, before and after;
+    objectives tabulates seconds and peak memory of one update.
+    """
+
+    what: Annotated[Literal["gradients", "objectives"], Positional]
+    """gradients or objectives."""
+    target: Annotated[str | None, arg(metavar="TARGET", help_behavior_hint="(default: gmm9; manywell)")] = None
+    """Name of a target, or path/file.py:Class."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 500)")] = None
+    """Updates of training before the second table of gradients."""
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 100; 300)")] = None
+    """Trajectories of a gradient or update."""
+    sampling_steps: Annotated[int, arg(metavar="N")] = 100
+    """Steps of the diffusion, T."""
+    segment_length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: T/5)")] = None
+    """Transitions of a segment."""
+    repeats: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: 64; 20)")] = None
+    """Gradients, or timed updates, of every objective."""
+    lam: Annotated[float, arg(metavar="X")] = 2.0
+    """The λ of subtrajectory balance."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Seed of the networks and of every draw."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
 
 
 def split_config_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

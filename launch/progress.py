@@ -142,6 +142,7 @@ def evaluation_rows(metrics: Mapping[str, float], brief: bool = False) -> list[t
         ("ESS", "eval/ess", "{:.3f}", "fraction of the samples", True),
         ("k-hat", "eval/khat", "{:.2f}", "above 0.7: do not trust RW", False),
         ("mode coverage", "eval/mode_coverage", coverage, "", True),
+        ("flow error", "eval/flow_error", "{:.3f}", "nats, RMS on the true marginals", False),
         ("energy calls", "eval/energy_evaluations", "{:,.0f}", "in training, all roles", False),
     ]
     return [

@@ -167,6 +167,21 @@ def test_mixture_is_the_mixture_distribution_far_from_its_modes_too() -> None:
     assert target.score(x.float()).isfinite().all()
 
 
+def test_a_noised_mixture_is_the_law_of_noised_samples() -> None:
+    means = torch.tensor([[-4.0, 0.0], [4.0, 2.0]])
+    target = GaussianMixture("pair", means, variance=0.25, weights=torch.tensor([3.0, 1.0]))
+    noised = target.noised(-0.5, 0.7)
+    x = torch.linspace(-3.0, 3.0, 14, dtype=torch.float64).reshape(7, 2)
+    spread = 0.25 / 4 + 0.7
+    squares = (x[:, None] + 0.5 * means.double()).square().sum(-1)
+    density = torch.exp(-squares / (2 * spread)) @ torch.tensor([0.75, 0.25]).double() / (2 * math.pi * spread)
+    torch.testing.assert_close(noised.log_reward(x), density.log())
+    # The same mixture, where nothing is done to it.
+    torch.testing.assert_close(target.noised(1.0, 0.0).log_reward(x), target.log_reward(x))
+    with pytest.raises(ConfigError, match=r"^variance = 0.0: expected a positive number"):
+        target.noised(0.0, 0.0)
+
+
 def test_default_score_works_under_no_grad_and_leaves_its_input_alone() -> None:
     target = Quartic()
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))

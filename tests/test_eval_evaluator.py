@@ -35,6 +35,28 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_flow_is_drawn_where_the_true_one_is_known(run_dir: Path) -> None:
+    policy = PolicyConfig(hidden=16, harmonics=8, state_flow="plain")
+    state = CheckpointState(30, {"ema": DiffusionPolicy(2, policy).state_dict()}, {"energy_evaluations": 0})
+    save_checkpoint(run_dir / "checkpoints", state)
+    config, grid = EvalConfig(samples=FEW), GridConfig("uniform", 4)
+    target = CountedTarget(make_target("gmm9"))
+    evaluator = Evaluator(target, BrownianProcess(5.0), grid, policy, config, 0)
+    metrics, images = final_evaluation(evaluator, run_dir)
+    assert metrics["eval/flow_error"] > 0
+    assert images["plots/flow"] == str(run_dir / "plots" / "flow.png")
+    assert (run_dir / "plots" / "flow.png").is_file()
+
+
+def test_a_policy_is_evaluated_on_any_number_of_steps() -> None:
+    evaluator = make_evaluator(make_target("gmm9"))
+    first = evaluator.evaluate()
+    assert evaluator.evaluate(4).metrics == first.metrics
+    assert evaluator.evaluate(3).metrics != first.metrics
+    assert evaluator.evaluate(1).samples.shape == (FEW, 2)
+    assert evaluator.evaluate().metrics == first.metrics
+
+
 def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 

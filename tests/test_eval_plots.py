@@ -109,7 +109,7 @@ def test_training_curves(tmp_path: Path) -> None:
         if step % 50 == 0:
             row |= {"eval/log_z_lower_bound": -5e3 if step == 0 else -1.0, "eval/delta_log_z": 1.0}
             row |= {"eval/ess": step / 600, "eval/w2": None, "eval/w2_floor": 1.14, "eval/mode_coverage": 3}
-            row |= {"learner/updates_per_s": 50.0, "actor/1/trajectories_per_s": 800.0}
+            row |= {"eval/flow_error": 600.0 - step, "learner/updates_per_s": 50.0, "actor/1/trajectories_per_s": 800.0}
         rows.append(row)
     metrics = write_metrics(tmp_path / "metrics.jsonl", rows, tail='{"step": 601, "train/lo')
     path = plot_training_curves(metrics, tmp_path / "plots" / "curves.png")
