@@ -280,7 +280,7 @@ class OrnsteinUhlenbeckProcess(DiffusionProcess):
     u dτ, like that of the Brownian process. Uncontrolled, the process stays in its prior.
 
     `exponential` (DDS) uses the exact transition of the noising process in both directions; without it (DIS) both
-    are Euler-Maruyama steps: keep = 1 + dΛ/2, back = 1 - dΛ/2, variance σ_0² dΛ, with dΛ the step of ∫β.
+    are Euler-Maruyama steps: keep = back = 1 - dΛ/2, variance σ_0² dΛ, with dΛ the step of ∫β.
 
     Source: Berner et al. 2022 (DIS, arXiv 2211.01364); Vargas et al. 2023 (DDS, arXiv 2302.13834), equation 18.
     """
@@ -309,7 +309,8 @@ class OrnsteinUhlenbeckProcess(DiffusionProcess):
             gain = -2.0 / self.noise * torch.expm1(-0.5 * spent)
             return Kernels(shrink, gain, variance, shrink, variance)
         variance = self.prior_std**2 * spent
-        return Kernels(1.0 + 0.5 * spent, spent / self.noise, variance, 1.0 - 0.5 * spent, variance)
+        shrink = 1.0 - 0.5 * spent
+        return Kernels(shrink, spent / self.noise, variance, shrink, variance)
 
     def log_reference(self, states: Tensor, times: Tensor) -> Tensor:
         return self.log_prior(states)

@@ -51,8 +51,11 @@ class Evaluator:
         self.policy = DiffusionPolicy(target.dim, policy).to(device)
         self.device = torch.device(device)
         self._seed = seed
-        # Random grids are for training; one sampler is evaluated on one grid.
-        self.times = self._uniform(config.sampling_steps or grid.sampling_steps)
+        if grid.kind == "given" and config.sampling_steps is None:
+            self.times = make_grid(grid, device=device)
+        else:
+            # Random grids are for training; one sampler is evaluated on one grid.
+            self.times = self._uniform(config.sampling_steps or grid.sampling_steps)
         self._floor: float | None = None
         self._densities: DensityCache = {}
 

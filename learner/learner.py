@@ -120,7 +120,8 @@ class Learner:
         self.terminals.add(states[:, -1], log_reward)
         paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
         if self.objective.name == "maximum_likelihood":
-            self._track_log_z(self._log_weight(paths).mean())
+            log_weight = self._log_weight(paths)
+            self._track_log_z(log_weight.mean() if self._log_z_started else log_weight.median())
             return None
         return self._update(paths, progress)
 
@@ -154,8 +155,9 @@ class Learner:
 
     def _update(self, paths: Paths, progress: float) -> Metrics:
         if not self._log_z_started:
-            # Adam at rate 0.1 would need some ten steps a nat to find the level of log Z.
-            self._track_log_z(self._log_weight(paths).mean())
+            # Adam at rate 0.1 would need some ten steps a nat to find the level of log Z. A first batch may hold
+            # log weights of -10^3 (funnel, with exploration), which would spoil its mean.
+            self._track_log_z(self._log_weight(paths).median())
         if self.objective.segment_length is not None:
             paths = draw_segments(paths, self.objective.segment_length, self.generator)
         loss, log_weight = self._loss(paths)

@@ -49,8 +49,8 @@ class Paths:
 def draw_segments(paths: Paths, length: int, generator: torch.Generator | None = None) -> Paths:
     """One segment of `length` transitions of each trajectory, at a random place.
 
-    Segments that would overlap an end of the trajectory are moved inside: every transition is as likely, and the
-    ends, which carry log Z and the reward, are drawn more often than any other place.
+    Segments that would overlap an end of the trajectory are moved inside: no transition is drawn less often than
+    those in the middle, and the ends, which carry log Z and the reward, are drawn more often than any other place.
 
     Source: Zhang et al. 2024 (DGFS, arXiv 2310.02679), on partial trajectories.
     """

@@ -18,8 +18,8 @@ class RolloutConfig:
     """How the learner simulates what it differentiates through.
 
     With `checkpoint_segments` S > 1 only the states between S parts of the path are kept, and each part is
-    simulated again on the way back: about 1/S of the memory for a third more time. `detach_score` leaves the
-    target's second derivatives out of the gradient of Langevin policies.
+    simulated again on the way back: about 1/S of the memory for about half as much time again. `detach_score`
+    leaves the target's second derivatives out of the gradient of Langevin policies.
     """
 
     checkpoint_segments: int = 1
