@@ -1,22 +1,30 @@
 """The fused rollout against the environment's, and the scorer against the equations."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
-from driftstream.actors.rollout import rollout, score_trajectories
+from driftstream.actors.rollout import rollout, rollout_backward, score_trajectories
 from driftstream.actors.torchrl_policy import make_torchrl_policy
 from driftstream.envs.grids import random_grid, uniform_grid
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import BrownianProcess, DiffusionProcess, OrnsteinUhlenbeckProcess
 from driftstream.envs.sampling_env import DiffusionSamplingEnv
 from driftstream.envs.targets import make_target
 from driftstream.envs.trajectory import as_transitions, from_transitions, validate_trajectories
 
+PROCESSES: dict[str, DiffusionProcess] = {
+    "brownian": BrownianProcess(1.7, "linear"),
+    "dis": OrnsteinUhlenbeckProcess(1.3, noise=2.0, schedule="geometric"),
+    "dds": OrnsteinUhlenbeckProcess(1.3, noise=2.0, exponential=True, schedule="cosine"),
+}
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
-def make_policy(dim: int, seed: int = 0, **options: bool) -> DiffusionPolicy:
+
+def make_policy(dim: int, seed: int = 0, **options: Any) -> DiffusionPolicy:
     torch.manual_seed(seed)
     policy = DiffusionPolicy(dim, PolicyConfig(hidden=16, harmonics=8, **options))
     with torch.no_grad():
@@ -57,6 +65,89 @@ def test_rollout_equals_the_environments(
     torch.testing.assert_close(back["states"], trajectories["states"], rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("exploration_std", [0.0, 1.5])
+@pytest.mark.parametrize(
+    "options", [{"learned_variance": True}, {"langevin": True, "langevin_scale": "scalar"}], ids=str
+)
+@every_process
+def test_rollouts_of_every_process_equal_the_environments(
+    process: DiffusionProcess, options: dict[str, Any], exploration_std: float
+) -> None:
+    target, times = make_target("manywell", dim=4), grid("random", 6, torch.float64)
+    policy = make_policy(4, **options).double()
+    env = DiffusionSamplingEnv(target, process, times, batch_size=16)
+    actor = make_torchrl_policy(policy, process, target, times, exploration_std)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        expected = env.rollout(6, actor)
+    torch.manual_seed(5)
+    trajectories = rollout(policy, process, target, times, 16, exploration_std=exploration_std)
+    torch.testing.assert_close(from_transitions(expected, times)["states"], trajectories["states"])
+    torch.testing.assert_close(expected["next", "reward"][:, -1, 0], trajectories["log_reward"])
+    # The draws of x_0 come first, and only where there is a prior to draw from.
+    torch.manual_seed(5)
+    start = process.prior_std * torch.randn(16, 4, dtype=torch.float64)
+    assert torch.equal(trajectories["states"][:, 0], start)
+    if not exploration_std:
+        log_pf, _ = score_trajectories(policy, process, trajectories["states"], times, trajectories.get("scores", None))
+        log_pf[:, 0] -= process.log_prior(start)
+        torch.testing.assert_close(expected["action_log_prob"], log_pf)
+
+
+@every_process
+def test_rollouts_of_one_seed_are_equal(process: DiffusionProcess) -> None:
+    target, times, policy = make_target("gmm25"), uniform_grid(5), make_policy(2)
+    first, again, other = (
+        rollout(policy, process, target, times, 8, generator=torch.Generator().manual_seed(seed))["states"]
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first[:, -1], other[:, -1])
+    assert bool((first[:, 0] == 0).all()) == (process.prior_std == 0)
+
+
+@every_process
+def test_backward_rollouts_of_a_fixed_policy_are_bridges(process: DiffusionProcess) -> None:
+    terminal, times = torch.randn(8, 3), grid("random", 6)
+    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+    states = rollout_backward(make_policy(3), process, terminal, times, generators[0])
+    assert torch.equal(states, process.sample_bridge(terminal, times, generators[1]))
+
+
+@every_process
+def test_backward_rollouts_of_a_learned_policy_follow_its_densities(process: DiffusionProcess) -> None:
+    # Standardised by the step's mean and variance, the states are the noise that drew them.
+    policy = make_policy(3, learned_backward=True, backward_scale=0.5).double()
+    times, rows = grid("random", 4, torch.float64), 4_000
+    terminal = torch.randn(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    states = rollout_backward(policy, process, terminal, times, torch.Generator().manual_seed(1))
+    assert states.shape == (rows, 5, 3)
+    assert torch.equal(states[:, -1], terminal)
+    assert bool((states[:, 0] == 0).all()) == (process.prior_std == 0)
+    with torch.no_grad():
+        _, log_pb = score_trajectories(policy, process, states, times)
+    generator = torch.Generator().manual_seed(1)
+    embedding = policy.embed_backward(times[1:])
+    assert embedding is not None
+    assert policy.backward_net is not None
+    kernels = process.kernels(times)
+    for n in reversed(range(4)):
+        noise = torch.randn(rows, 3, dtype=torch.float64, generator=generator)
+        if not kernels.back_variance[n]:
+            assert (log_pb[:, n] == 0).all()
+            continue
+        after = states[:, n + 1]
+        mean_factor, variance_factor = (1 + 0.5 * policy.backward_net(after, embedding[n]).tanh()).chunk(2, -1)
+        mean = after - (1 - kernels.back[n]) * mean_factor * after
+        std = (kernels.back_variance[n] * variance_factor).sqrt()
+        torch.testing.assert_close((states[:, n] - mean) / std, noise)
+        expected = torch.distributions.Normal(mean, std).log_prob(states[:, n]).sum(-1)
+        torch.testing.assert_close(log_pb[:, n], expected)
+        # An expected log density is minus the entropy: an error of 5 standard errors of 3 half chi-squares.
+        entropy = (0.5 * math.log(2 * math.pi * math.e) + std.log()).sum(-1)
+        assert float((log_pb[:, n] + entropy).detach().mean()) == pytest.approx(0.0, abs=5 * math.sqrt(1.5 / rows))
+
+
 @pytest.mark.parametrize("kind", ["uniform", "random"])
 @pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True}], ids=str)
 def test_scorer_equals_the_transition_densities_step_by_step(options: dict[str, bool], kind: str) -> None:
@@ -80,6 +171,20 @@ def test_scorer_equals_the_transition_densities_step_by_step(options: dict[str, 
             ratio = float(times[n] / times[n + 1])
             backward = torch.distributions.Normal(after * ratio, math.sqrt(1.7 * dt * ratio))
             torch.testing.assert_close(log_pb[:, n], backward.log_prob(x).sum(-1))
+
+
+@every_process
+def test_segments_are_scored_as_parts_of_their_paths(process: DiffusionProcess) -> None:
+    target, times = make_target("manywell", dim=4), grid("random", 6, torch.float64)
+    policy = make_policy(4, learned_variance=True, learned_backward=True, langevin=True).double()
+    trajectories = rollout(policy, process, target, times, 5, generator=torch.Generator().manual_seed(0))
+    states, scores = trajectories["states"], trajectories["scores"]
+    whole = score_trajectories(policy, process, states, times, scores)
+    index = torch.tensor([0, 1, 2, 3, 3]).unsqueeze(1) + torch.arange(4)
+    row = torch.arange(5).unsqueeze(1)
+    parts = score_trajectories(policy, process, states[row, index], times, scores[row, index[:, :-1]], index)
+    for part, all_steps in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, all_steps[row, index[:, :-1]])
 
 
 def test_exploration_widens_the_paths_and_not_the_score() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.envs.utils import check_env_specs
 
 from driftstream.envs.grids import uniform_grid
-from driftstream.envs.processes import BrownianProcess
+from driftstream.envs.processes import BrownianProcess, OrnsteinUhlenbeckProcess
 from driftstream.envs.sampling_env import DiffusionSamplingEnv
 from driftstream.envs.targets import CountedTarget, make_target
 from driftstream.envs.trajectory import (
@@ -59,6 +59,22 @@ def test_full_rollout(policy: TensorDictModule | None) -> None:
         assert rollout["next", key][:, -1].all()
     # Log R is asked for once per trajectory.
     assert env.target.energy_evaluations == BATCH
+
+
+@pytest.mark.parametrize("exponential", [False, True], ids=["dis", "dds"])
+def test_episodes_start_in_a_gaussian_prior(exponential: bool) -> None:
+    process = OrnsteinUhlenbeckProcess(2.5, exponential=exponential)
+    env = DiffusionSamplingEnv(make_target("gmm25"), process, uniform_grid(3), batch_size=20_000)
+    check_env_specs(env)
+    env.set_seed(0)
+    first, second = env.reset()["state"], env.reset()["state"]
+    assert not torch.equal(first, second)
+    # A standard deviation of 40,000 draws errs by 2.5 / sqrt(80,000) = 0.009.
+    assert first.std().item() == pytest.approx(2.5, abs=0.04)
+    env.set_seed(0)
+    torch.testing.assert_close(env.reset()["state"], first)
+    rollout = env.rollout(3, random_walk())
+    torch.testing.assert_close(rollout["state"][:, 0], second)
 
 
 def test_steps_edit_nothing_that_was_returned() -> None:

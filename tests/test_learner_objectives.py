@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from driftstream.envs.errors import ConfigError
 from driftstream.envs.processes import BrownianProcess
 from driftstream.learner.objectives import (
+    OBJECTIVES,
+    ObjectiveConfig,
+    ObjectiveName,
     detailed_balance,
     forward_looking_log_flow,
+    log_weights,
+    maximum_likelihood,
     reverse_kl,
     subtrajectory_balance,
     trajectory_balance,
@@ -56,6 +62,90 @@ def test_golden_forward_looking_flow(golden: Golden, dtype: torch.dtype, rel: fl
     np.testing.assert_allclose(flow, values["forward_looking_log_flow_interior"], rtol=rel)
 
 
+SHAPES = [(1, 1), (2, 3), (4, 10), (7, 2)]
+
+
+def draw(batch: int, steps: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_pf, log_pb [B, T], log_reward [B] and log_flow [B, T+1] that ends in it, at the level of Manywell."""
+    generator = torch.Generator().manual_seed(batch + 10 * steps)
+    pf, pb = (torch.randn(batch, steps, generator=generator, dtype=torch.float64) for _ in range(2))
+    flow = torch.randn(batch, steps + 1, generator=generator, dtype=torch.float64) + 160.0
+    return pf.to(dtype), pb.to(dtype), flow[:, -1].to(dtype), flow.to(dtype)
+
+
+@pytest.mark.parametrize(("batch", "steps"), SHAPES)
+def test_objectives_equal_their_loops(batch: int, steps: int) -> None:
+    pf, pb, reward, flow = draw(batch, steps)
+    log_z = torch.tensor(159.0, dtype=torch.float64)
+    rows = range(batch)
+    weights = [float(reward[b]) + sum(float(pb[b, n]) - float(pf[b, n]) for n in range(steps)) for b in rows]
+    mean = sum(weights) / batch
+    transitions = [
+        float(flow[b, n] + pf[b, n] - flow[b, n + 1] - pb[b, n]) ** 2 / batch for b in rows for n in range(steps)
+    ]
+    expected = {
+        "trajectory_balance": sum((159.0 - weight) ** 2 for weight in weights) / batch,
+        "vargrad": sum((weight - mean) ** 2 for weight in weights) / batch,
+        "detailed_balance": sum(transitions),
+        "reverse_kl": -mean,
+        "maximum_likelihood": -sum(float(pf[b, n]) for b in rows for n in range(steps)) / batch,
+    }
+    results = {
+        "trajectory_balance": trajectory_balance(pf, pb, reward, log_z),
+        "vargrad": vargrad(pf, pb, reward),
+        "detailed_balance": detailed_balance(pf, pb, flow),
+        "reverse_kl": reverse_kl(pf, pb, reward),
+        "maximum_likelihood": maximum_likelihood(pf),
+    }
+    assert set(results) | {"subtrajectory_balance"} == set(OBJECTIVES)
+    for name, result in results.items():
+        assert result.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+    np.testing.assert_allclose(log_weights(pf, pb, reward), weights, rtol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 0, 0], [3, 3, -1, -1], [0, 1, 2, 3], [7, 0, 7, 7]])
+def test_vargrad_of_groups_is_the_mean_of_theirs(groups: list[int]) -> None:
+    pf, pb, reward, _ = draw(4, 5)
+    index = torch.tensor(groups)
+    alone = [vargrad(pf[index == group], pb[index == group], reward[index == group]) for group in set(groups)]
+    torch.testing.assert_close(vargrad(pf, pb, reward, groups=index), torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100])
+@pytest.mark.parametrize("lam", [0.0, 0.9, 1.0, 2.0])
+def test_subtb_keeps_its_digits_in_single_precision(steps: int, lam: float) -> None:
+    pf, pb, _, flow = draw(3, steps)
+    expected = subtrajectory_balance(pf, pb, flow, lam).item()
+    pf, pb, _, flow = draw(3, steps, torch.float32)
+    assert subtrajectory_balance(pf, pb, flow, lam).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_subtb_of_lambda_0_is_the_mean_over_transitions() -> None:
+    pf, pb, _, flow = draw(4, 10)
+    torch.testing.assert_close(subtrajectory_balance(pf, pb, flow, 0.0), detailed_balance(pf, pb, flow) / 10)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ObjectiveConfig("elbo"), "objective.name = 'elbo': expected one of trajectory_balance, vargrad"),  # type: ignore[arg-type]
+        (lambda: ObjectiveConfig(lam=-0.5), "objective.lam = -0.5: expected a number >= 0"),
+        (lambda: ObjectiveConfig("detailed_balance", segment_length=0), "objective.segment_length = 0: expected at"),
+        (lambda: ObjectiveConfig("vargrad", segment_length=5), "objective.segment_length = 5: expected nothing"),
+    ],
+)
+def test_bad_configuration_is_named(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_say_what_they_need(name: ObjectiveName) -> None:
+    config = ObjectiveConfig(name)
+    assert config.balances_flows == (name in ("detailed_balance", "subtrajectory_balance"))
+    assert config.pathwise == (name == "reverse_kl")
+
+
 def naive_subtb(pf: Tensor, pb: Tensor, flow: Tensor, lam: float) -> float:
     batch, steps = pf.shape
     total, norm = 0.0, 0.0
@@ -71,11 +161,9 @@ def naive_subtb(pf: Tensor, pb: Tensor, flow: Tensor, lam: float) -> float:
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.9, 1.0, 2.0])
-@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (2, 3), (4, 10)])
+@pytest.mark.parametrize(("batch", "steps"), SHAPES)
 def test_subtb_equals_the_double_loop(batch: int, steps: int, lam: float) -> None:
-    generator = torch.Generator().manual_seed(steps)
-    pf, pb = (torch.randn(batch, steps, generator=generator, dtype=torch.float64) for _ in range(2))
-    flow = torch.randn(batch, steps + 1, generator=generator, dtype=torch.float64) + 160.0
+    pf, pb, _, flow = draw(batch, steps)
     expected = naive_subtb(pf, pb, flow, lam)
     assert subtrajectory_balance(pf, pb, flow, lam).item() == pytest.approx(expected, rel=1e-9)
 
