@@ -29,7 +29,7 @@ def rollout(
     Args:
         times: grid `[T+1]`; its dtype and device are those of the trajectories.
         batch_size: B.
-        exploration_std: e; the behaviour policy's variance is sigma^2 dt exp(v) + e^2 dt.
+        exploration_std: e; a step's variance gains e^2 times its `gain` (dt for the plain Brownian process).
         generator: of the noise; `None` uses the global one, as `DiffusionSamplingEnv.rollout` does.
 
     Returns:

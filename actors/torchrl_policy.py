@@ -27,7 +27,7 @@ class TransitionHead(nn.Module):
 
     def forward(self, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         start = step.squeeze(-1).clamp_max(len(self.times) - 2)
-        kernels = self.process.kernels(self.times)
+        kernels = self.process.kernels_like(self.times, self.times)
         keep, gain, variance = (part[start].unsqueeze(-1) for part in kernels[:3])
         score = self.target.score(state) if self.policy.langevin else None
         drift, log_var = self.policy(state, self.policy.embed_times(self.times[start]), score)
@@ -37,14 +37,14 @@ class TransitionHead(nn.Module):
 
 
 class ExplorationScale(nn.Module):
-    """Adds the variance std^2 dt of Gaussian exploration: `(scale, step) -> scale`."""
+    """Adds Gaussian exploration's variance, std^2 * gain (dt for the Brownian process): `(scale, step) -> scale`."""
 
     gain: Tensor
 
     def __init__(self, std: float, process: DiffusionProcess, times: Tensor) -> None:
         super().__init__()
         self.std = std
-        self.register_buffer("gain", process.kernels(times).gain)
+        self.register_buffer("gain", process.kernels_like(times, times).gain)
 
     def forward(self, scale: Tensor, step: Tensor) -> Tensor:
         start = step.squeeze(-1).clamp_max(len(self.gain) - 1)

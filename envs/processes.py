@@ -88,6 +88,10 @@ class DiffusionProcess(ABC):
     def log_reference(self, states: Tensor, times: Tensor) -> Tensor:
         """Log density of the uncontrolled process at states [..., N, D] and times [..., N] > 0 -> [..., N]."""
 
+    def kernels_like(self, times: Tensor, like: Tensor) -> Kernels:
+        """The kernels of `times`, computed in float64, in the dtype of `like`: float32 steps would round them."""
+        return Kernels(*(part.to(like.dtype) for part in self.kernels(times.double())))
+
     def steps(self, times: Tensor) -> list[Step]:
         """The kernels of the grid `times` [T+1], one step after the other."""
         return [Step(*row) for row in torch.stack(self.kernels(times.double())).T.tolist()]
@@ -123,7 +127,7 @@ class DiffusionProcess(ABC):
         """One step forward: x, drift, noise, log_var [..., D] -> the next state [..., D].
 
         `extra_variance` is a rate (e² for an exploration rate e): it adds extra_variance * gain to the variance of
-        the step. Gradients flow through every tensor.
+        the step (gain is dt for the plain Brownian process). Gradients flow through every tensor.
         """
         kept = x if step.keep == 1.0 else x * step.keep
         mean = torch.add(kept, drift, alpha=step.gain)
@@ -151,8 +155,7 @@ class DiffusionProcess(ABC):
         The first step from t = 0 includes the log density of x_0 in the prior. Gradients flow to states, drift
         and log_var; trajectories that are data should come detached.
         """
-        times = times.to(states.dtype)
-        kernels = self.kernels(times)
+        kernels = self.kernels_like(times, states)
         # In place, as a pass over [B, T, D] costs its memory traffic, and a fresh one page faults besides.
         residual = torch.addcmul(states[:, 1:], states[:, :-1], kernels.keep.unsqueeze(-1), value=-1.0)
         residual.addcmul_(drift, kernels.gain.unsqueeze(-1), value=-1.0)
@@ -179,7 +182,7 @@ class DiffusionProcess(ABC):
         A learned backward policy's factors [B, T, D] multiply the step's contraction (1 - back) x_{n+1} and its
         variance. Gradients flow to states and factors.
         """
-        kernels = self.kernels(times.to(states.dtype))
+        kernels = self.kernels_like(times, states)
         back, variance = kernels.back.unsqueeze(-1), kernels.back_variance
         if mean_factor is None:
             residual = torch.addcmul(states[:, :-1], states[:, 1:], back, value=-1.0)
@@ -277,7 +280,8 @@ class OrnsteinUhlenbeckProcess(DiffusionProcess):
 
     Noising takes the target towards the prior at the rate β: with `noise` = ∫β, e^(-noise/2) of it is left. β falls
     from t = 0 to t = 1 as `schedule` says. Time is measured by the clock of ∫β: the policy's drift u acts as
-    u dτ, like that of the Brownian process. Uncontrolled, the process stays in its prior.
+    u dτ, like that of the Brownian process. Uncontrolled, the process stays in its prior (`exponential` exactly so,
+    otherwise up to O(dΛ²); steps of dΛ > 2 overshoot).
 
     `exponential` (DDS) uses the exact transition of the noising process in both directions; without it (DIS) both
     are Euler-Maruyama steps: keep = back = 1 - dΛ/2, variance σ_0² dΛ, with dΛ the step of ∫β.

@@ -55,7 +55,8 @@ class Target(ABC):
 
     def _by_autograd(self, x: Tensor) -> tuple[Tensor, Tensor]:
         differentiable = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad():
+        # Where simulation is checkpointed, this gradient inside it must not set off a recomputation of its own.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             leaf = x if differentiable else x.detach().requires_grad_()
             log_reward = self.log_reward(leaf)
             (score,) = torch.autograd.grad(log_reward.sum(), leaf, create_graph=differentiable)
@@ -165,6 +166,10 @@ class CountedTarget(Target):
                 f"expected {list(shape)}"
             )
         return value if value.dtype == x.dtype else value.to(x.dtype)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def unwrap(target: Target) -> Target:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from driftstream.actors.actor import ExplorationActor
-from driftstream.actors.rollout import rollout, score_trajectories
+from driftstream.actors.rollout import rollout
 from driftstream.envs.errors import require
 from driftstream.envs.grids import make_grid
 from driftstream.learner.learner import Learner
 from driftstream.learner.losses import Paths, draw_segments, path_loss
-from driftstream.learner.objectives import ObjectiveConfig, log_weights
-from driftstream.learner.on_policy import pathwise_log_weight
+from driftstream.learner.objectives import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,6 @@ def draw_paths(learner: Learner, objective: ObjectiveConfig, rows: int) -> Paths
     return draw_segments(paths, objective.segment_length, learner.generator)
 
 
-def pathwise_loss(learner: Learner, rows: int) -> Tensor:
-    """The reverse KL of `rows` trajectories that are simulated and differentiated through."""
-    times = make_grid(learner.grid, generator=learner.generator, device=learner.device)
-    policy, process, target = learner.policy, learner.process, learner.target
-    return -pathwise_log_weight(policy, process, target, times, rows, learner.simulation, learner.generator).mean()
-
-
 def draw_gradient(learner: Learner, objective: ObjectiveConfig, transitions: int) -> tuple[Tensor, float, float]:
     """A gradient [P] by the forward network, on new data of its own: (gradient, rollout seconds, gradient seconds).
 
@@ -112,7 +104,7 @@ def draw_gradient(learner: Learner, objective: ObjectiveConfig, transitions: int
     start = time.perf_counter()
     if objective.pathwise:
         drawn = start
-        loss = pathwise_loss(learner, transitions // sampling_steps(learner))
+        loss, _ = learner.pathwise_loss(transitions // sampling_steps(learner))
     else:
         paths = draw_paths(learner, objective, transitions // (objective.segment_length or sampling_steps(learner)))
         drawn = time.perf_counter()
@@ -168,21 +160,15 @@ def bench_gradients(
             batch = actor.generate(learner.step / steps)
             if len(batch):
                 learner.learn_fresh(batch, learner.step / steps)
-        bound = _log_z_lower_bound(learner)
+        bound = float(learner.log_weight(draw_paths(learner, ObjectiveConfig(), learner.config.batch_size)).mean())
         if not learner.step:
-            learner.log_z.data.fill_(bound)
+            learner.start_log_z(torch.tensor(bound))
         rows = measure_gradients(learner, objectives, learner.config.batch_size, repeats)
         moments.append(Moment(learner.step, learner.log_z.item(), bound, rows))
     return moments
 
 
-@torch.no_grad()
-def _log_z_lower_bound(learner: Learner) -> float:
-    paths = draw_paths(learner, ObjectiveConfig(), learner.config.batch_size)
-    scored = score_trajectories(learner.policy, learner.process, paths.states, paths.times, paths.scores)
-    return float(log_weights(*scored, paths.log_reward).mean())
-
-
 def sampling_steps(learner: Learner) -> int:
-    """T of the learner's grid."""
-    return len(make_grid(learner.grid)) - 1
+    """T of the learner's grid, which is resolved."""
+    assert learner.grid.sampling_steps is not None
+    return learner.grid.sampling_steps

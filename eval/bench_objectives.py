@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from driftstream.eval.bench_gradients import draw_paths, pathwise_loss, sampling_steps
+from driftstream.eval.bench_gradients import draw_paths, sampling_steps
 from driftstream.learner.learner import Learner
 from driftstream.learner.losses import Paths, path_loss
 
@@ -48,7 +48,7 @@ class Update:
         """Update once, from all rows of the batch or the first few."""
         learner, rows = self.learner, self.rows if rows is None else rows
         if self.paths is None:
-            loss = pathwise_loss(learner, rows)
+            loss, _ = learner.pathwise_loss(rows)
         else:
             policy, process, target = learner.policy, learner.process, learner.target
             loss, _ = path_loss(learner.objective, policy, process, target, self.paths[:rows], learner.log_z)

@@ -5,7 +5,7 @@ import difflib
 import tomllib
 import types
 import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +95,11 @@ def resolve(config: RunConfig) -> RunConfig:
         policy = replace(policy, learned_variance=low)
     if policy.state_flow == "auto":
         policy = replace(policy, state_flow="plain" if config.objective.balances_flows else "none")
-    if exploration.std is None:
+    if config.data == "on_policy":
+        allowed = "0 or nothing, as data = 'on_policy' does not explore"
+        require(not exploration.std, "exploration.std", exploration.std, allowed)
+        exploration = replace(exploration, std=0.0)
+    elif exploration.std is None:
         exploration = replace(exploration, std=variance**0.5)
     _check_objective(config, grid, policy)
     replay, streamed = config.replay, config.data == "stream"
@@ -115,14 +119,26 @@ def _check_objective(config: RunConfig, grid: GridConfig, policy: PolicyConfig) 
     objective, flow = config.objective, policy.state_flow
     if objective.balances_flows:
         require(flow != "none", "policy.state_flow", flow, f"a flow, as objective.name = '{objective.name}'")
+    else:
+        allowed = f"'none' or 'auto', as objective.name = '{objective.name}' balances no flow"
+        require(flow == "none", "policy.state_flow", flow, allowed)
     length, steps = objective.segment_length, grid.sampling_steps or 1
     require(length is None or length <= steps, "objective.segment_length", length, f"at most the {steps} steps")
     if objective.pathwise:
         require(config.data == "on_policy", "data", config.data, f"'on_policy', as objective.name = '{objective.name}'")
         require(config.replay.ratio == 0, "replay.ratio", config.replay.ratio, "0, as nothing of it is trained on")
-    if objective.name == "maximum_likelihood":
-        require(config.replay.ratio > 0, "replay.ratio", 0, "a positive number, as only replay is trained on")
+    else:
+        for entry in fields(config.rollout):
+            value, allowed = getattr(config.rollout, entry.name), "the default, as nothing is differentiated through it"
+            require(value == entry.default, f"rollout.{entry.name}", value, allowed)
+    detached = config.rollout.detach_score
+    require(policy.langevin or not detached, "rollout.detach_score", detached, "false without policy.langevin")
+    if objective.replay_only:
+        replay, allowed = config.replay, "'refined' or 'auto': a policy's own samples would teach it nothing"
         require(config.data == "stream", "data", config.data, "'stream', where refiners make what is learned")
+        require(replay.ratio > 0, "replay.ratio", replay.ratio, "a positive number, as only replay is trained on")
+        require(replay.source != "terminals", "replay.source", replay.source, allowed)
+        require(config.refiner.count > 0, "refiner.count", 0, "at least 1, as only what refiners send is trained on")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -35,6 +35,9 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
     limits = {name: getattr(flags, name) for name in LIMITS}
     if any(limits.values()) or any(flag.startswith("--limits.") for flag in config_flags):
         base = replace(base, limits=LimitsConfig())
+    given_flags = {flag.split("=")[0].replace("_", "-") for flag in config_flags}
+    if "--grid.times" in given_flags and "--grid.sampling-steps" not in given_flags:
+        base = replace(base, grid=replace(base.grid, sampling_steps=None))
     arguments = ["--help"] if flags.help_all else config_flags
     config, unknown = parse_known(RunConfig, arguments, prog, default=base)
     target = flags.target
@@ -50,6 +53,7 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
     given = {
         "target": target,
         "target_options": flags.target_options or None,
+        "data": flags.data,
         "seed": flags.seed,
         "device": flags.device,
         "sync": flags.sync or None,

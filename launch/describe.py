@@ -32,7 +32,7 @@ def describe_data(config: RunConfig) -> str:
         source = config.replay.source
         refined = source == "refined" or (source == "auto" and streamed and config.refiner.count > 0)
         replayed = "refined replay" if refined else "replay"
-    if config.objective.name == "maximum_likelihood":
+    if config.objective.replay_only:
         return replayed
     fresh = "stream" if streamed else "on-policy"
     if config.objective.pathwise:

@@ -63,6 +63,8 @@ class TrainFlags:
     """Run directory; by default runs/TARGET-METHOD-TIME."""
     resume: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
     """Go on with the run in this directory."""
+    data: Annotated[Literal["stream", "on_policy"] | None, Optional] = None
+    """Who makes the data: actors and refiners (stream), or the learner itself (on_policy)."""
     seed: Annotated[int | None, N] = None
     """Decides every random number of a --sync run."""
     device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
@@ -229,6 +231,7 @@ def first_sentence(box: str) -> str:
     text = " ".join(lines[start : rules.index(True, start)]).removeprefix("Error parsing ")
     text = re.sub(r"^Missing from .*?: ", "missing: ", text).replace(" (required)", "")
     text = re.sub(r"^[a-z_]+\.[\w.]+: ", "", text)
+    text = re.sub(r"^(\w+): (?=\1\.)", "", text)
     text = re.sub(
         r"no type matching (?:{None}\|)?(\S+) could be instantiated from \[(.*)\]\.?", r"expected \1, not \2", text
     )

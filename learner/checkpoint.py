@@ -20,7 +20,7 @@ from torch import Tensor
 
 from driftstream.envs.errors import require
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 

@@ -29,8 +29,8 @@ Metrics = dict[str, Tensor | float]
 class LearnerConfig:
     """The learner's batch (trajectories an update; the actors' too), threads and cadences.
 
-    Every `grad_variance_every` steps (0 = never) the variance of the loss gradient is measured, on
-    `grad_variance_parts` equal parts of the batch.
+    Every `grad_variance_every` steps (0 = never) the variance of the batch's loss gradient is measured, as that of
+    the mean over `grad_variance_parts` equal parts. A pathwise objective simulates another batch for it.
     """
 
     batch_size: int = 300
@@ -72,7 +72,7 @@ class Learner:
         objective: ObjectiveConfig,
         optim: OptimConfig,
         config: LearnerConfig,
-        simulation: RolloutConfig,
+        rollout: RolloutConfig,
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -81,7 +81,7 @@ class Learner:
         self.grid = grid
         self.objective = objective
         self.config = config
-        self.simulation = simulation
+        self.rollout = rollout
         self.generator = torch.Generator(device).manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -98,6 +98,7 @@ class Learner:
         self._log_z_started = False
         self.step = 0
         self.skipped = 0
+        self.rejected = 0
         self.actor_calls = 0
 
     @property
@@ -113,37 +114,53 @@ class Learner:
     def learn_fresh(self, batch: TensorDict, progress: float) -> Metrics | None:
         """Update from a batch of trajectories, and keep their terminal states for replay and seeding.
 
-        Maximum likelihood has no use for paths of the policy itself: they only say where log Z is, and the step
-        does not count (None).
+        An objective that is trained on replay alone has no use for paths of the policy itself: they only give a
+        rough level of log Z, for display, and the step does not count (None).
         """
         states, log_reward = batch["states"], batch["log_reward"]
         self.terminals.add(states[:, -1], log_reward)
         paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
-        if self.objective.name == "maximum_likelihood":
-            log_weight = self._log_weight(paths)
-            self._track_log_z(log_weight.mean() if self._log_z_started else log_weight.median())
-            return None
-        return self._update(paths, progress)
+        if not self._log_z_started or self.objective.replay_only:
+            log_weight = self.log_weight(paths)
+            self.start_log_z(log_weight)
+            if self.objective.replay_only:
+                self._follow_log_z(log_weight.mean())
+                return None
+        return self._update(self._cut(paths), progress)
 
     def learn_replayed(self, progress: float) -> Metrics:
         """Update from replayed terminal states with freshly drawn backward paths."""
         terminal, log_reward = self.replay.sample(self.config.batch_size)
         times = make_grid(self.grid, generator=self.generator, device=self.device)
         states = rollout_backward(self.policy, self.process, terminal, times, self.generator)
-        scores = self.target.score(states[:, :-1]) if self.policy.langevin else None
-        return self._update(Paths(states, times, log_reward, scores), progress)
+        paths = self._cut(Paths(states, times, log_reward))
+        if self.policy.langevin:
+            paths = dataclasses.replace(paths, scores=self.target.score(paths.states[:, :-1]))
+        return self._update(paths, progress)
 
     def learn_pathwise(self, progress: float) -> Metrics:
-        """Update from trajectories that the learner simulates itself, and differentiates through."""
-        log_weight = self._simulate(self.config.batch_size)
-        loss = -log_weight.mean()
-        self._track_log_z(log_weight.detach().mean())
+        """Update from trajectories that the learner simulates itself, and differentiates through.
+
+        Those whose log weight is not finite are counted as rejected and left out; without any the step is skipped.
+        """
+        loss, log_weight = self.pathwise_loss(self.config.batch_size)
+        self.rejected += self.config.batch_size - len(log_weight)
+        self._follow_log_z(log_weight.mean())
         extra: Metrics = {}
         if self._measures_gradient():
-            share = self.config.batch_size // self.config.grad_variance_parts
-            gradients = [self._gradient(-self._simulate(share).mean()) for _ in range(self.config.grad_variance_parts)]
-            extra["train/grad_variance"] = gradient_variance(gradients)
+            parts = self.config.grad_variance_parts
+            losses = (self.pathwise_loss(self.config.batch_size // parts)[0] for _ in range(parts))
+            extra["train/grad_variance"] = gradient_variance([self._gradient(part) for part in losses])
         return self._descend(loss, progress) | extra
+
+    def pathwise_loss(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Reverse KL of new trajectories, differentiable in the policy, and their finite log weights, detached."""
+        times = make_grid(self.grid, generator=self.generator, device=self.device)
+        log_weight = pathwise_log_weight(
+            self.policy, self.process, self.target, times, batch_size, self.rollout, self.generator
+        )
+        log_weight = log_weight[log_weight.detach().isfinite()]
+        return -log_weight.mean(), log_weight.detach()
 
     def draw_seeds(self, n: int) -> tuple[Tensor, Tensor] | None:
         """Terminal states `[n, D]` for a refiner, with their log rewards; None while there are none."""
@@ -154,15 +171,9 @@ class Learner:
         return seeds
 
     def _update(self, paths: Paths, progress: float) -> Metrics:
-        if not self._log_z_started:
-            # Adam at rate 0.1 would need some ten steps a nat to find the level of log Z. A first batch may hold
-            # log weights of -10^3 (funnel, with exploration), which would spoil its mean.
-            self._track_log_z(self._log_weight(paths).median())
-        if self.objective.segment_length is not None:
-            paths = draw_segments(paths, self.objective.segment_length, self.generator)
         loss, log_weight = self._loss(paths)
-        if log_weight is not None and self.objective.name == "vargrad":
-            self._track_log_z(log_weight.mean())
+        if log_weight is not None and not self.objective.learns_log_z:
+            self._follow_log_z(log_weight.mean())
         extra: Metrics = {}
         if self._measures_gradient():
             share = len(paths.states) // self.config.grad_variance_parts
@@ -175,24 +186,32 @@ class Learner:
     def _loss(self, paths: Paths) -> tuple[Tensor, Tensor | None]:
         return path_loss(self.objective, self.policy, self.process, self.target, paths, self.log_z)
 
+    def _cut(self, paths: Paths) -> Paths:
+        """Segments of the paths, where the objective is trained on them."""
+        length = self.objective.segment_length
+        return paths if length is None else draw_segments(paths, length, self.generator)
+
     @torch.no_grad()
-    def _log_weight(self, paths: Paths) -> Tensor:
+    def log_weight(self, paths: Paths) -> Tensor:
+        """Log weights [B] of whole trajectories under the current parameters."""
         scored = score_trajectories(self.policy, self.process, paths.states, paths.times, paths.scores)
         return log_weights(*scored, paths.log_reward)
 
-    def _simulate(self, batch_size: int) -> Tensor:
-        times = make_grid(self.grid, generator=self.generator, device=self.device)
-        return pathwise_log_weight(
-            self.policy, self.process, self.target, times, batch_size, self.simulation, self.generator
-        )
+    def start_log_z(self, log_weight: Tensor) -> None:
+        """Set log Z to the level of the first log weights [B]; later calls do nothing.
 
-    def _track_log_z(self, mean_log_weight: Tensor) -> None:
-        """Let log Z follow the mean log weight where it is not learned; the first batch says where it starts."""
-        if self._log_z_started:
-            self.log_z.data.lerp_(mean_log_weight, 0.1)
-        else:
-            self.log_z.data.copy_(mean_log_weight)
+        Adam at rate 0.1 would need some ten steps a nat to find it. It is their median, as a first batch may hold
+        log weights of -10^3 (funnel, with exploration), which would spoil a mean.
+        """
+        if not self._log_z_started:
             self._log_z_started = True
+            self.log_z.data.copy_(log_weight.median())
+
+    def _follow_log_z(self, mean_log_weight: Tensor) -> None:
+        """Let log Z follow the mean log weight, for display, where it is not learned."""
+        if mean_log_weight.isfinite():
+            self.start_log_z(mean_log_weight)
+            self.log_z.data.lerp_(mean_log_weight, 0.1)
 
     def _measures_gradient(self) -> bool:
         every = self.config.grad_variance_every

@@ -81,7 +81,8 @@ class TrainingLoop:
         self.budget.start()
         while (reason := self._ending()) is None:
             if metrics := self._step():
-                self._window.newest = metrics
+                # Some figures are not of every step; the newest of each are reported.
+                self._window.newest |= metrics
                 self._window.steps += 1
             if time.monotonic() - self._window.since >= self.learner.config.report_every_s:
                 self._send()
@@ -144,7 +145,9 @@ class TrainingLoop:
     def _refine(self) -> None:
         """Hand out seeds when a cycle is due, and take in what refiners sent."""
         learner, source = self.learner, self.source
-        if learner.step >= self._refine_at and source.offer_seeds(learner.draw_seeds, learner.step):
+        # What is trained on replay alone makes no step, and no cycle falls due, until there is enough of it.
+        starved = learner.objective.replay_only and len(learner.replay) < learner.limiter.minimum
+        if (starved or learner.step >= self._refine_at) and source.offer_seeds(learner.draw_seeds, learner.step):
             self._refine_at = learner.step + self.refine_every
         for terminal, log_reward in source.refined():
             learner.refined.add(terminal, log_reward)
@@ -157,11 +160,12 @@ class TrainingLoop:
 
     def _send(self) -> None:
         """Report the newest update and the window since the last report, and start a new window."""
-        learner = self.learner
+        learner, source_metrics = self.learner, self.source.metrics()
+        source_metrics["stream/rejected"] += learner.rejected
         self.report(
             {
                 **self._window.metrics(),
-                **self.source.metrics(),
+                **source_metrics,
                 "train/skipped": learner.skipped,
                 "replay/size": len(learner.replay),
                 "replay/samples_per_insert": learner.replay.samples_per_insert,

@@ -109,10 +109,9 @@ def state_log_flow(
     correction = policy.flow_net(states, embedding).squeeze(-1)
     if policy.config.state_flow == "plain":
         return correction
-    log_reward = target.log_reward(states)
-    # NaN and whatever is below the clip count as the clip: what matters is that the flow stays finite.
     clip = policy.config.reward_clip
-    log_reward = log_reward.nan_to_num(-clip).clamp(-clip, clip)
+    # Any finite value will do for what is undefined: the network corrects it.
+    log_reward = target.log_reward(states).nan_to_num(-clip, clip, -clip).clamp_min(-clip)
     return forward_looking_log_flow(process.log_reference(states, times), times, log_reward, correction)
 
 

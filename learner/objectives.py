@@ -5,6 +5,7 @@ reward. Each returns a scalar; gradients flow to whatever the arguments depend o
 states that were drawn with reparametrisation; the others for detached states of any path distribution.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,8 @@ class ObjectiveConfig:
     """Which loss the learner minimises.
 
     `lam` is the λ of subtrajectory balance. With `segment_length` L, the objectives that balance flows train on
-    segments of L consecutive transitions, one of each trajectory, for L/T of the cost of whole trajectories.
+    segments of L consecutive transitions, one of each trajectory: an update costs L/T of one on whole trajectories,
+    which are drawn whole nevertheless.
     """
 
     name: ObjectiveName = "trajectory_balance"
@@ -45,11 +47,11 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         require(self.name in OBJECTIVES, "objective.name", self.name, "one of " + ", ".join(OBJECTIVES))
-        require(self.lam >= 0, "objective.lam", self.lam, "a number >= 0")
+        require(0 <= self.lam < math.inf, "objective.lam", self.lam, "a number >= 0")
         length = self.segment_length
         require(length is None or length >= 1, "objective.segment_length", length, "at least 1")
-        fits = length is None or self.balances_flows
-        require(fits, "objective.segment_length", length, "nothing, as only flows are balanced on segments")
+        allowed = f"nothing, as objective.name = '{self.name}' balances no flow"
+        require(length is None or self.balances_flows, "objective.segment_length", length, allowed)
 
     @property
     def balances_flows(self) -> bool:
@@ -60,6 +62,16 @@ class ObjectiveConfig:
     def pathwise(self) -> bool:
         """Whether the objective differentiates through the simulation, hence needs the learner's own rollouts."""
         return self.name == "reverse_kl"
+
+    @property
+    def replay_only(self) -> bool:
+        """Whether the objective is trained on replay alone."""
+        return self.name == "maximum_likelihood"
+
+    @property
+    def learns_log_z(self) -> bool:
+        """Whether log Z is a parameter of the loss."""
+        return self.name == "trajectory_balance" or self.balances_flows
 
 
 def log_weights(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:

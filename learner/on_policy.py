@@ -55,7 +55,7 @@ def pathwise_log_weight(
     steps = process.steps(times)
     # P_F of a step is that of its noise, and so known without the state; only its scale can depend on parameters.
     log_ratio = log_ratio - 0.5 * noise.square().sum((0, 2))
-    log_ratio = log_ratio - 0.5 * dim * (process.kernels(times).variance.log() + LOG_2PI).sum()
+    log_ratio = log_ratio - 0.5 * dim * (process.kernels_like(times, x).variance.log() + LOG_2PI).sum()
 
     def simulate(x: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """From x at step `first` to the state at `last`, with the sum of log P_F's changing part - log P_B."""

@@ -66,7 +66,7 @@ class Optimizer:
         self.adam = torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
     def step(self, loss: Tensor, progress: float) -> float:
-        """One update from `loss`; returns the gradient's norm before clipping.
+        """One update from `loss`; returns the gradient's norm before clipping, NaN for a loss that is not finite.
 
         A loss or gradient that is not finite changes nothing but clears the gradients.
         """
@@ -74,6 +74,8 @@ class Optimizer:
         loss.backward()
         clip = self.config.clip_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self._parameters, clip))
+        # A target's infinite reward is a constant to the gradient, which then tells nothing.
+        norm = norm if math.isfinite(loss.detach()) else math.nan
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = group["base_lr"] * self.config.rate_at(progress)

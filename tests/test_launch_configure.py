@@ -107,3 +107,42 @@ def test_roles_have_the_threads_that_are_configured(role: str, threads: int, tmp
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        ("--method pis --data stream", "data"),
+        ("--method pis --replay.ratio 1", "replay.ratio"),
+        ("--method tb --policy.state-flow plain", "policy.state_flow"),
+        ("--method subtb --policy.state-flow none", "policy.state_flow"),
+        ("--method subtb --objective.segment-length 101", "objective.segment_length"),
+        ("--method tb --rollout.checkpoint-segments 4", "rollout.checkpoint_segments"),
+        ("--method pis --rollout.detach-score", "rollout.detach_score"),
+        ("--method tb --exploration.std 2", "exploration.std"),
+        ("--method mle --data on_policy", "data"),
+        ("--method mle --replay.ratio 0", "replay.ratio"),
+        ("--method mle --replay.source terminals", "replay.source"),
+        ("--method mle --refiners 0", "refiner.count"),
+    ],
+)
+def test_what_a_method_cannot_use_is_refused(flags: str, field: str) -> None:
+    own, config_flags = read_flags(["gmm25", *flags.split()], "driftstream train")
+    with pytest.raises(ConfigError) as refusal:
+        configure(own, config_flags, "driftstream train")
+    assert refusal.value.field == field
+
+
+def test_given_times_replace_the_methods_number_of_steps() -> None:
+    own, config_flags = read_flags(
+        ["gmm25", "--method", "pis", "--grid.kind", "given", "--grid.times", "0", "0.25", "1"], "driftstream train"
+    )
+    config = configure(own, config_flags, "driftstream train")
+    assert (config.grid.sampling_steps, config.grid.times) == (2, (0.0, 0.25, 1.0))
+
+
+def test_a_contradiction_within_a_component_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "gmm25", "--method", "tb", "--objective.segment-length", "5"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    start = "driftstream train: objective.segment_length = 5: expected nothing"
+    assert line == f"{start}, as objective.name = 'trajectory_balance' balances no flow"

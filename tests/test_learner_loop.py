@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from driftstream.actors.refiner import RefinerConfig
 from driftstream.buffers.channels import StreamClient, StreamConfig, StreamServer
 from driftstream.buffers.replay import ReplayConfig
 from driftstream.launch.config import RunConfig, resolve
-from driftstream.launch.roles import build_actor, build_learner
+from driftstream.launch.methods import load_method
+from driftstream.launch.roles import build_actor, build_learner, build_refiner
 from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer
 from driftstream.learner.learner import Learner, LearnerConfig
 from driftstream.learner.limits import Budget, LimitsConfig
@@ -215,3 +217,70 @@ def test_what_is_queued_at_the_end_is_counted_as_spent(tmp_path: Path) -> None:
         reason, rows = run(learner, source, LimitsConfig(steps=1), tmp_path / "run")
         assert reason == "steps"
         assert learner.energy_evaluations == rows[-1]["energy_evaluations"] == 30
+
+
+INFINITE = """
+import torch
+from driftstream.envs.targets import Target
+
+class HalfSpace(Target):
+    name, dim = "half-space", 2
+
+    def log_reward(self, x):
+        return torch.where(x[..., 0] > 0.0, -0.5 * x.square().sum(-1), -torch.inf)
+
+class Nowhere(HalfSpace):
+    def log_reward(self, x):
+        return x[..., 0] - torch.inf
+"""
+
+
+def make_pathwise(target: str) -> Learner:
+    config = replace(load_method("pis").config, target=target, policy=PolicyConfig(hidden=8, harmonics=4))
+    config = replace(config, grid=replace(config.grid, sampling_steps=STEPS))
+    return build_learner(resolve(replace(config, learner=LearnerConfig(batch_size=64, report_every_s=1e-6))), seed=1)
+
+
+def test_pathwise_training_leaves_infinite_rewards_out(tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(INFINITE)
+    learner = make_pathwise(f"{source}:HalfSpace")
+    reason, rows = run(learner, LocalSource([], []), LimitsConfig(steps=3), tmp_path / "run")
+    assert reason == "steps"
+    assert all(isfinite(row["train/loss"]) and isfinite(row["train/log_z"]) for row in rows if "train/loss" in row)
+    assert 3 * 10 < rows[-1]["stream/rejected"] < 3 * 54
+
+
+def test_a_pathwise_step_without_a_finite_reward_changes_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(INFINITE)
+    learner = make_pathwise(f"{source}:Nowhere")
+    before = {name: value.clone() for name, value in learner.policy_tensors().items()}
+    learner.learn_pathwise(0.0)
+    assert (learner.skipped, learner.rejected, float(learner.log_z)) == (1, 64, 0.0)
+    assert all(torch.equal(value, before[name]) for name, value in learner.policy_tensors().items())
+
+
+def test_what_is_trained_on_replay_alone_gets_as_many_cycles_as_it_needs(tmp_path: Path) -> None:
+    """One cycle yields less than replay's minimum, and no step comes before the next."""
+    config = replace(load_method("mle").config, target="gmm25", policy=PolicyConfig(hidden=8, harmonics=4))
+    mala = replace(config.refiner.mala, chains=4, mcmc_steps=20, burn_in=10)
+    config = replace(
+        config,
+        grid=replace(config.grid, sampling_steps=STEPS),
+        learner=LearnerConfig(batch_size=BATCH, report_every_s=1e-6),
+        refiner=replace(config.refiner, mala=mala, every=100),
+        replay=replace(config.replay, minimum=100),
+    )
+    config = resolve(config)
+    learner = build_learner(config, seed=1)
+    source = LocalSource([build_actor(config, 2, learner.policy)], [build_refiner(config, 3)])
+    assert run(learner, source, LimitsConfig(steps=10), tmp_path)[0] == "steps"
+
+
+def test_a_figure_of_one_step_outlasts_the_steps_after_it(tmp_path: Path) -> None:
+    learner, actor = make()
+    learner.config = replace(learner.config, report_every_s=1e6, grad_variance_every=5, grad_variance_parts=2)
+    _, rows = run(learner, LocalSource([actor], []), LimitsConfig(steps=9), tmp_path)
+    assert len(rows) == 1
+    assert rows[0]["train/grad_variance"] > 0

@@ -240,6 +240,26 @@ def test_the_optimal_drift_of_a_gaussian_gives_every_path_the_weight_z() -> None
     torch.testing.assert_close(log_weight, torch.full((BATCH,), 4.2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("segments", [2, 4])
+def test_checkpoints_go_with_a_counted_target_whose_score_is_by_autograd(segments: int, detach: bool) -> None:
+    policy, times = make_policy(langevin=True), make_grid()
+
+    def gradient(count: int) -> tuple[Tensor, int]:
+        target, config = CountedTarget(Curved()), RolloutConfig(count, detach)
+        generator = torch.Generator().manual_seed(2)
+        log_weight = pathwise_log_weight(policy, BrownianProcess(1.3), target, times, BATCH, config, generator)
+        parts = torch.autograd.grad(log_weight.sum(), list(policy.parameters()), allow_unused=True)
+        return torch.cat([part.flatten() for part in parts if part is not None]), target.gradient_evaluations
+
+    whole, calls = gradient(1)
+    parts, more_calls = gradient(segments)
+    torch.testing.assert_close(parts, whole)
+    assert calls == BATCH * (STEPS + 1)
+    # Every score of the path is asked for twice, and that of the end once.
+    assert more_calls == BATCH * (2 * STEPS + 1)
+
+
 def test_bad_configuration_is_named() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.checkpoint_segments = 0: expected at least 1"):
         RolloutConfig(0)
