@@ -95,13 +95,13 @@ def resolve(config: RunConfig) -> RunConfig:
         policy = replace(policy, learned_variance=low)
     if policy.state_flow == "auto":
         policy = replace(policy, state_flow="plain" if config.objective.balances_flows else "none")
+    _check_objective(config, grid, policy)
     if config.data == "on_policy":
         allowed = "0 or nothing, as data = 'on_policy' does not explore"
         require(not exploration.std, "exploration.std", exploration.std, allowed)
         exploration = replace(exploration, std=0.0)
     elif exploration.std is None:
         exploration = replace(exploration, std=variance**0.5)
-    _check_objective(config, grid, policy)
     replay, streamed = config.replay, config.data == "stream"
     if replay.source == "auto":
         replay = replace(replay, source="refined" if streamed and config.refiner.count else "terminals")

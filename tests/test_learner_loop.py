@@ -257,7 +257,7 @@ def test_a_pathwise_step_without_a_finite_reward_changes_nothing(tmp_path: Path)
     learner = make_pathwise(f"{source}:Nowhere")
     before = {name: value.clone() for name, value in learner.policy_tensors().items()}
     learner.learn_pathwise(0.0)
-    assert (learner.skipped, learner.rejected, float(learner.log_z)) == (1, 64, 0.0)
+    assert (learner.skipped, learner.rejected, learner.log_z.item()) == (1, 64, 0.0)
     assert all(torch.equal(value, before[name]) for name, value in learner.policy_tensors().items())
 
 
