@@ -172,7 +172,7 @@ class Learner:
 
     def _update(self, paths: Paths, progress: float) -> Metrics:
         loss, log_weight = self._loss(paths)
-        if log_weight is not None and not self.objective.learns_log_z:
+        if log_weight is not None and not (self.objective.learns_log_z or self.objective.replay_only):
             self._follow_log_z(log_weight.mean())
         extra: Metrics = {}
         if self._measures_gradient():
