@@ -116,6 +116,8 @@ class DiffusionPolicy(nn.Module):
     Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C.
     """
 
+    flow_level: Tensor | None
+
     def __init__(self, dim: int, config: PolicyConfig) -> None:
         super().__init__()
         hidden, harmonics = config.hidden, config.harmonics
@@ -137,6 +139,8 @@ class DiffusionPolicy(nn.Module):
         self.backward_net = StateTimeNet(dim, 2 * dim, hidden, harmonics) if config.learned_backward else None
         has_flow = config.state_flow in ("plain", "forward_looking")
         self.flow_net = StateTimeNet(dim, 1, hidden, harmonics) if has_flow else None
+        # The learner's log Z, at which flows start: the network learns what is left of them.
+        self.register_buffer("flow_level", torch.zeros(()) if has_flow else None)
 
     def embed_times(self, t: Tensor) -> TimeEmbedding:
         """Embedding of the times `t [T]` at which steps start."""

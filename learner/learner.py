@@ -206,6 +206,12 @@ class Learner:
         if not self._log_z_started:
             self._log_z_started = True
             self.log_z.data.copy_(log_weight.median())
+            self._level_flow()
+
+    def _level_flow(self) -> None:
+        """Move the state flow along with log Z."""
+        if self.policy.flow_level is not None:
+            self.policy.flow_level.copy_(self.log_z.detach())
 
     def _follow_log_z(self, mean_log_weight: Tensor) -> None:
         """Let log Z follow the mean log weight, for display, where it is not learned."""
@@ -226,6 +232,7 @@ class Learner:
     def _descend(self, loss: Tensor, progress: float) -> Metrics:
         norm = self.optimizer.step(loss, progress)
         self.skipped += not math.isfinite(norm)
+        self._level_flow()
         self.average.update()
         self.step += 1
         return {

@@ -100,15 +100,20 @@ def state_log_flow(
     times: Tensor,
     index: Tensor | None = None,
 ) -> Tensor:
-    """The policy's log F(x, t) at states [B, N, D] and times [N] in (0, 1), or times[index], index [B, N] -> [B, N]."""
-    if policy.flow_net is None:
+    """The policy's log F(x, t) at states [B, N, D] and times [N] in (0, 1), or times[index], index [B, N] -> [B, N].
+
+    A plain flow is log Z + network; a forward-looking one has (1 - t) log Z in its correction, as the flow is log Z
+    at the start and log R at the end. That log Z is `policy.flow_level`, which gradients do not reach.
+    """
+    if policy.flow_net is None or policy.flow_level is None:
         raise ValueError("policy.state_flow = 'none': the policy has no state flow")
     embedding = policy.flow_net.embed(times)
     if index is not None:
         embedding, times = embedding[index], times[index]
     correction = policy.flow_net(states, embedding).squeeze(-1)
     if policy.config.state_flow == "plain":
-        return correction
+        return policy.flow_level + correction
+    correction = correction + (1.0 - times) * policy.flow_level
     clip = policy.config.reward_clip
     # Any finite value will do for what is undefined: the network corrects it.
     log_reward = target.log_reward(states).nan_to_num(-clip, clip, -clip).clamp_min(-clip)
