@@ -320,6 +320,7 @@ class OptimalPolicy:
     """
 
     backward_net = None
+    flow_level = torch.zeros((), dtype=torch.float64)
     config = SimpleNamespace(state_flow="plain", reward_clip=math.inf)
 
     def __init__(self, process: DiffusionProcess, times: Tensor, target: Gaussian) -> None:
@@ -526,3 +527,17 @@ def test_only_a_forward_looking_flow_asks_the_target(flow: str) -> None:
     policy, log_z = make_policy(state_flow=flow), torch.zeros((), dtype=torch.float64)
     path_loss(SUBTB[-1], policy, process, target, paths, log_z)
     assert target.calls == (BATCH * (STEPS - 1) if flow == "forward_looking" else 0)
+
+
+@pytest.mark.parametrize("state_flow", ["plain", "forward_looking"])
+def test_a_state_flow_moves_along_with_the_level_of_log_z(state_flow: str) -> None:
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(2, PolicyConfig(hidden=6, harmonics=4, state_flow=state_flow)).double()  # type: ignore[arg-type]
+    process, target, times = BrownianProcess(1.3), make_target(), torch.tensor([0.25, 0.5], dtype=torch.float64)
+    states = torch.randn(5, 2, 2, dtype=torch.float64)
+    before = state_log_flow(policy, process, target, states, times)
+    assert policy.flow_level is not None
+    policy.flow_level.fill_(165.0)
+    moved = state_log_flow(policy, process, target, states, times) - before
+    share = torch.ones(2, dtype=torch.float64) if state_flow == "plain" else 1.0 - times
+    torch.testing.assert_close(moved, (165.0 * share).expand(5, 2))
