@@ -198,7 +198,7 @@ def describe(config: RunConfig) -> tuple[str, str, str]:
         ("db", ("detailed balance", "on-policy", "PIS net + state flow")),
         ("fl-subtb+lp", ("subtrajectory balance (λ = 2)", "on-policy", "Langevin + forward-looking flow")),
         ("pis+lp", ("reverse KL", "on-policy, pathwise gradient", "Langevin")),
-        ("dds", ("reverse KL", "on-policy, pathwise gradient", "PIS net, DDS process")),
+        ("dds", ("reverse KL", "on-policy, pathwise gradient", "Langevin, DDS process")),
         ("mle", ("maximum likelihood", "refined replay", "PIS net")),
     ],
 )
