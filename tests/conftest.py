@@ -1,6 +1,7 @@
 """Fixtures shared by the whole suite."""
 
 import json
+import signal
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,12 @@ GOLDEN = Path(__file__).parent / "golden"
 def _one_thread() -> None:
     # The suite shares its cores with the role processes that it starts.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    # What a shell starts in the background ignores SIGINT, and so would the runs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
