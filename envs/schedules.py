@@ -1,13 +1,13 @@
 """Noise schedules as clocks: how much of a process's whole noise has been spent by the time t."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Schedule = Literal["constant", "linear", "cosine", "geometric"]
-SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine", "geometric")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 def clock(times: Tensor, schedule: Schedule, ratio: float) -> Tensor:

@@ -7,7 +7,7 @@ states that were drawn with reparametrisation; the others for detached states of
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,14 +22,7 @@ ObjectiveName = Literal[
     "reverse_kl",
     "maximum_likelihood",
 ]
-OBJECTIVES: tuple[ObjectiveName, ...] = (
-    "trajectory_balance",
-    "vargrad",
-    "detailed_balance",
-    "subtrajectory_balance",
-    "reverse_kl",
-    "maximum_likelihood",
-)
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 
 
 @dataclass(frozen=True)
