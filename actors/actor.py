@@ -1,24 +1,25 @@
-"""The actor: generates batches of exploratory trajectories, as a component and as a process."""
+"""The actor: an exploration actor at work, as a component and as a process."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from driftstream.actors.exploration import ExplorationConfig
+from driftstream.actors.context import ActorContext
+from driftstream.actors.exploration import ExplorationActor
+from driftstream.actors.kinds import Option, check_kinds
+from driftstream.actors.meter import POLL_S, CallMeter
 from driftstream.actors.policy import DiffusionPolicy
-from driftstream.actors.rollout import rollout
 from driftstream.actors.weights import PolicySubscriber
 from driftstream.buffers.channels import StreamClient, StreamConfig
 from driftstream.buffers.control import RoleContext
-from driftstream.envs.errors import TargetError, require
-from driftstream.envs.grids import GridConfig, make_grid, uniform_grid
-from driftstream.envs.processes import DiffusionProcess
+from driftstream.envs.errors import PluginError, TargetError, require
+from driftstream.envs.grids import uniform_grid
 from driftstream.envs.targets import CountedTarget
+from driftstream.envs.trajectory import TrajectoryError, validate_trajectories
 
-POLL_S = 0.2
 REPORT_S = 2.0
 HOPELESS_BATCHES = 100
 """After so many batches in a row without one usable trajectory the target is taken to be undefined everywhere."""
@@ -26,38 +27,49 @@ HOPELESS_BATCHES = 100
 
 @dataclass(frozen=True)
 class ActorConfig:
-    """How many actors stream trajectories, and the threads of each."""
+    """How many actors stream trajectories, of which kinds, and the threads of each.
+
+    `kinds` counts actors by kind; without it all `count` of them `explore`. The learner's batches come in turn from
+    all actors, so these counts are also the mixture that it trains on. `options` are those of kinds that have any,
+    by the kind's short name.
+    """
 
     count: int = 1
     threads: int = 1
+    kinds: dict[str, int] = field(default_factory=dict)
+    options: dict[str, dict[str, Option]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.count >= 0, "actor.count", self.count, "0 or more")
         require(self.threads >= 1, "actor.threads", self.threads, "at least 1")
+        check_kinds(self.kinds, "actor.kinds")
 
 
-class ExplorationActor:
-    """Rolls the policy out with Gaussian exploration that decays with the learner's progress."""
+class Actor:
+    """An exploration actor with what it works on; what it returns is checked before anybody trains on it."""
 
-    def __init__(
-        self,
-        policy: DiffusionPolicy,
-        process: DiffusionProcess,
-        target: CountedTarget,
-        grid: GridConfig,
-        exploration: ExplorationConfig,
-        batch_size: int,
-        generator: torch.Generator,
-    ) -> None:
-        self.policy = policy
-        self.process = process
-        self.target = target
-        self.grid = grid
-        self.exploration = exploration
-        self.batch_size = batch_size
-        self.generator = generator
+    def __init__(self, kind: str, explorer: ExplorationActor, context: ActorContext) -> None:
+        self.kind = kind
+        self.explorer = explorer
+        self.context = context
         self.rejected = 0
+        self._own_code = type(explorer).__module__.startswith("driftstream.actors.")
         self._empty_in_a_row = 0
+
+    @property
+    def policy(self) -> DiffusionPolicy:
+        """The student."""
+        return self.context.policy
+
+    @property
+    def target(self) -> CountedTarget:
+        """The target, which counts this actor's evaluations."""
+        return self.context.target
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of all randomness."""
+        return self.context.generator
 
     def generate(self, progress: float) -> TensorDict:
         """A batch of trajectories `[B]` for the learner's `progress` in [0, 1].
@@ -67,28 +79,48 @@ class ExplorationActor:
 
         Raises:
             TargetError: the target raises, or many batches in a row were empty.
+            PluginError: a plug-in raises, or its states are not finite or do not follow the trajectory schema.
         """
-        times = make_grid(self.grid, generator=self.generator, device=self.generator.device)
-        batch = rollout(
-            self.policy,
-            self.process,
-            self.target,
-            times,
-            self.batch_size,
-            exploration_std=self.exploration.std_at(progress),
-            generator=self.generator,
-        )
-        finite = batch["log_reward"].isfinite() & batch["states"].isfinite().all(-1).all(-1)
-        if not bool(finite.all()):
-            self.rejected += int((~finite).sum())
-            batch = batch[finite]
+        self.context.progress = progress
+        batch = self._usable(self._checked(self._generate()))
         self._empty_in_a_row = 0 if len(batch) else self._empty_in_a_row + 1
         if self._empty_in_a_row == HOPELESS_BATCHES:
             raise TargetError(
                 f"target {self.target.name!r}: every trajectory has an undefined log reward "
-                f"({HOPELESS_BATCHES} batches of {self.batch_size} in a row)"
+                f"({HOPELESS_BATCHES} batches of {self.context.batch_size} in a row)"
             )
         return batch
+
+    def _generate(self) -> TensorDict:
+        try:
+            with torch.no_grad():
+                return self.explorer.generate(self.context)
+        except (TargetError, PluginError):
+            raise
+        except Exception as error:
+            if self._own_code:
+                raise
+            raise PluginError(f"actor {self.kind} raised {type(error).__name__}: {error}") from error
+
+    def _checked(self, batch: TensorDict) -> TensorDict:
+        """The batch, if it follows the schema; undefined rewards are no fault of the actor."""
+        if not isinstance(batch, TensorDict):
+            kind = type(batch).__name__
+            raise PluginError(f"actor {self.kind}: generate returned {kind}: expected a TensorDict of trajectories")
+        try:
+            validate_trajectories(batch, self.policy.dim, finite=() if self._own_code else ("states", "scores"))
+            if ("scores" in batch) != self.policy.langevin:
+                raise TrajectoryError("'scores' are for policies with policy.langevin, and needed there")
+        except TrajectoryError as error:
+            raise PluginError(f"actor {self.kind}: {error}") from None
+        return batch
+
+    def _usable(self, batch: TensorDict) -> TensorDict:
+        finite = batch["log_reward"].isfinite() & batch["states"].isfinite().all(-1).all(-1)
+        if bool(finite.all()):
+            return batch
+        self.rejected += int((~finite).sum())
+        return batch[finite]
 
 
 def as_message(batch: TensorDict) -> dict[str, Tensor]:
@@ -99,32 +131,31 @@ def as_message(batch: TensorDict) -> dict[str, Tensor]:
     return {**tensors, "times": times}
 
 
-class CallMeter:
-    """Differences of a target's running counts: what was spent since the last reading."""
-
-    def __init__(self, target: CountedTarget) -> None:
-        self._target = target
-        self._seen = target.calls
-
-    def spent(self) -> int:
-        """Energy and gradient evaluations since the last call."""
-        seen, self._seen = self._seen, self._target.calls
-        return self._seen - seen
-
-
-def run_actor(context: RoleContext, actor: ExplorationActor, stream: StreamConfig) -> None:
+def run_actor(context: RoleContext, actor: Actor, stream: StreamConfig) -> None:
     """Stream batches to the learner until the run stops: newest weights, one batch for each credit.
 
     Weights change only between trajectories. A credit names the oldest policy version that may be used, so that
     a lock-step run (`max_staleness = 0`) waits here for the weights.
     """
     client = StreamClient(context.endpoints.stream, context.name, context.epoch, stream)
-    weights = PolicySubscriber(context.endpoints.weights, actor.policy)
+    weights = PolicySubscriber(context.endpoints.weights, actor.policy, actor.context.teacher)
     meter = CallMeter(actor.target)
+
+    def ask_replayed(n: int) -> tuple[Tensor, Tensor] | None:
+        seeds = None
+        while seeds is None and not context.should_stop:
+            context.turn()
+            seeds = client.request_seeds(n, POLL_S)
+        if seeds is None or not seeds.rows:
+            return None
+        return seeds.tensors["terminal"], seeds.tensors["log_reward"]
+
+    actor.context.ask_replayed = ask_replayed
     made, reported_rejects, since = 0, 0, time.monotonic()
     prefix = f"actor/{context.index}"
     try:
         while not context.should_stop:
+            context.turn()
             version = client.wait_for_credit(POLL_S)
             if version is None or not weights.update(POLL_S, min_version=version):
                 continue

@@ -1,30 +1,53 @@
-"""Gaussian exploration: extra variance of the behaviour policy, decayed over training."""
+"""Exploration actors: who makes the trajectories that the learner trains on. Plug-ins derive from these.
 
-from dataclasses import dataclass
-from typing import Literal
+TB-type objectives accept trajectories of any origin, as the learner scores them anew. So an actor only decides
+where to look; it says nothing of how likely its choices were.
+"""
 
-from driftstream.envs.errors import require
+from typing import Any, ClassVar
+
+from tensordict import TensorDict
+
+from driftstream.actors.context import ActorContext
+from driftstream.actors.policy import DiffusionPolicy
+from driftstream.envs.errors import PluginError
 
 
-@dataclass(frozen=True)
-class ExplorationConfig:
-    """Extra noise of the actors. `std` is a rate: the behaviour policy's variance gains std^2 dt.
+class ExplorationActor:
+    """Rolls the student out with Gaussian exploration that decays with the learner's progress.
 
-    `std = None` is resolved to the diffusion's own rate (the square root of `diffusion_variance`).
+    The base class of every actor. A plug-in overrides a hook (`exploration_std`, `behaviour`), or `generate` as a
+    whole. `Options` is a frozen dataclass whose fields become flags, or None; its values are `self.options`.
     """
 
-    std: float | None = None
-    decay: Literal["linear", "constant"] = "linear"
-    decay_until: float = 0.5
+    Options: ClassVar[type | None] = None
 
-    def __post_init__(self) -> None:
-        require(self.std is None or self.std >= 0, "exploration.std", self.std, "a number >= 0")
-        require(self.decay in ("linear", "constant"), "exploration.decay", self.decay, "'linear' or 'constant'")
-        require(0 < self.decay_until <= 1, "exploration.decay_until", self.decay_until, "a fraction in (0, 1]")
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
 
-    def std_at(self, progress: float) -> float:
-        """Exploration rate when the learner has done the fraction `progress` of its training."""
-        std = self.std or 0.0
-        if self.decay == "constant":
-            return std
-        return std * max(0.0, 1.0 - progress / self.decay_until)
+    def exploration_std(self, context: ActorContext) -> float:
+        """Rate of the extra noise: a step's variance gains its square times dt."""
+        return context.exploration.std_at(context.progress)
+
+    def behaviour(self, context: ActorContext) -> DiffusionPolicy:
+        """The policy that is rolled out."""
+        return context.policy
+
+    def generate(self, context: ActorContext) -> TensorDict:
+        """A batch of trajectories (`envs.trajectory`): of `context.batch_size` rows, or fewer."""
+        return context.rollout(self.behaviour(context), self.exploration_std(context))
+
+
+class TeacherActor(ExplorationActor):
+    """Rolls the teacher out, which is trained to end where the student's residuals are large.
+
+    Source: Kim et al. 2024 (adaptive teachers, arXiv 2410.01432).
+    """
+
+    def exploration_std(self, context: ActorContext) -> float:
+        return 0.0
+
+    def behaviour(self, context: ActorContext) -> DiffusionPolicy:
+        if context.teacher is None:
+            raise PluginError("actor teacher: the run has no teacher (--actors explore:2,teacher:1 makes one)")
+        return context.teacher

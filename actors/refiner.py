@@ -1,45 +1,96 @@
-"""The refiner: MALA chains from the learner's terminal states, as a component and as a process."""
+"""Refiners: chains from the learner's terminal states, as components and as a process."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from driftstream.actors.actor import POLL_S, CallMeter
+from driftstream.actors.kinds import Option, check_kinds
 from driftstream.actors.mala import MalaConfig, Refinement, run_mala
+from driftstream.actors.meter import POLL_S, CallMeter
 from driftstream.buffers.channels import StreamClient, StreamConfig
 from driftstream.buffers.control import RoleContext
-from driftstream.envs.errors import require
+from driftstream.envs.errors import PluginError, require
 from driftstream.envs.targets import CountedTarget
+
+CHAINS = 300
+"""Seeds that a refiner asks for whose options do not say how many chains it runs."""
 
 
 @dataclass(frozen=True)
 class RefinerConfig:
-    """How many refiners there are, and how often one of them runs a cycle: every `every` learner steps."""
+    """How many refiners there are, of which kinds, and how often one of them runs a cycle.
+
+    A cycle falls due every `every` learner steps. `kinds` counts refiners by kind; without it all `count` are
+    `mala`. `options` are those of kinds other than `mala`, by the kind's short name.
+    """
 
     count: int = 1
     threads: int = 1
     every: int = 100
+    kinds: dict[str, int] = field(default_factory=dict)
+    options: dict[str, dict[str, Option]] = field(default_factory=dict)
     mala: MalaConfig = field(default_factory=MalaConfig)
 
     def __post_init__(self) -> None:
         require(self.count >= 0, "refiner.count", self.count, "0 or more")
         require(self.threads >= 1, "refiner.threads", self.threads, "at least 1")
         require(self.every >= 1, "refiner.every", self.every, "at least 1 learner step")
+        check_kinds(self.kinds, "refiner.kinds")
 
 
 class Refiner:
-    """Runs one MALA cycle after another; the adapted step size carries over from cycle to cycle."""
+    """Base class of refiners: one cycle after another, from the states that the learner hands out.
 
-    def __init__(self, target: CountedTarget, config: MalaConfig, generator: torch.Generator) -> None:
+    `Options` is a frozen dataclass whose fields are flags, or None. What carries over from cycle to cycle is
+    `step_size` (NaN where there is none), which a resumed run goes on with.
+    """
+
+    Options: ClassVar[type | None] = None
+
+    def __init__(self, target: CountedTarget, options: Any, generator: torch.Generator) -> None:
         self.target = target
-        self.config = config
+        self.options = options
         self.generator = generator
-        self.step_size = config.initial_step_size
+        self.step_size = float(getattr(options, "initial_step_size", float("nan")))
+
+    @property
+    def chains(self) -> int:
+        """How many states a cycle starts from."""
+        return int(getattr(self.options, "chains", CHAINS))
 
     def refine(self, seeds: Tensor) -> Refinement:
-        """States accepted by chains from `seeds [C, D]`."""
-        refinement = run_mala(seeds, self.target, self.config, self.step_size, self.generator)
+        """States better spread over the target than `seeds [C, D]`, with their log rewards; any number of them."""
+        raise NotImplementedError
+
+    def run_cycle(self, seeds: Tensor) -> Refinement:
+        """`refine`, with what it returns checked.
+
+        Raises:
+            PluginError: states or log rewards of a wrong shape or type, or not finite.
+        """
+        refinement = self.refine(seeds)
+        name = type(self).__name__
+        if not isinstance(refinement, Refinement):
+            raise PluginError(f"refiner {name}: refine returned {type(refinement).__name__}: expected a Refinement")
+        terminal, log_reward = refinement.terminal, refinement.log_reward
+        if terminal.ndim != 2 or terminal.shape[1] != self.target.dim or log_reward.shape != terminal.shape[:1]:
+            shapes = f"terminal {list(terminal.shape)}, log_reward {list(log_reward.shape)}"
+            raise PluginError(f"refiner {name}: {shapes}: expected [N, {self.target.dim}] and [N]")
+        if not bool(terminal.isfinite().all()) or not bool(log_reward.isfinite().all()):
+            raise PluginError(f"refiner {name}: states or log rewards that are not finite: expected none")
+        return refinement
+
+
+class MalaRefiner(Refiner):
+    """Chains of the Metropolis-adjusted Langevin algorithm; the adapted step size carries over."""
+
+    Options = MalaConfig
+
+    def refine(self, seeds: Tensor) -> Refinement:
+        refinement = run_mala(seeds, self.target, self.options, self.step_size, self.generator)
         self.step_size = refinement.step_size
         return refinement
 
@@ -50,25 +101,29 @@ def run_refiner(context: RoleContext, refiner: Refiner, stream: StreamConfig) ->
     meter = CallMeter(refiner.target)
     try:
         while not context.should_stop:
+            context.turn()
             if client.wait_for_credit(POLL_S) is None:
                 continue
             seeds = None
             while seeds is None and not context.should_stop:
-                seeds = client.request_seeds(refiner.config.chains, POLL_S)
+                context.turn()
+                seeds = client.request_seeds(refiner.chains, POLL_S)
             if seeds is None:
                 break
-            refinement = refiner.refine(seeds.tensors["terminal"])
+            refinement = refiner.run_cycle(seeds.tensors["terminal"])
             client.send(
                 "terminals",
                 {"terminal": refinement.terminal, "log_reward": refinement.log_reward},
                 seeds.policy_version,
                 {"energy_evaluations": meter.spent()},
             )
-            context.report_metrics(
-                {
-                    f"refiner/{context.index}/acceptance_rate": refinement.acceptance_rate,
-                    f"refiner/{context.index}/step_size": refinement.step_size,
-                }
-            )
+            context.report_metrics(_figures(context.index, refinement))
     finally:
         client.close()
+
+
+def _figures(index: int, refinement: Refinement) -> Mapping[str, float]:
+    return {
+        f"refiner/{index}/acceptance_rate": refinement.acceptance_rate,
+        f"refiner/{index}/step_size": refinement.step_size,
+    }

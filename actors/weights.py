@@ -1,16 +1,29 @@
-"""The versioned subscriber: a policy that follows the learner's newest published weights."""
+"""The versioned subscriber: policies that follow the learner's newest published weights."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from driftstream.buffers.weight_channel import WeightSubscriber
 
+TEACHER = "teacher."
+"""What the names of the teacher's tensors start with, beside the student's in one snapshot."""
+
+
+def published_tensors(policy: nn.Module, teacher: nn.Module | None) -> dict[str, Tensor]:
+    """Tensors of a student and of its teacher, if any, under the names that they are published with."""
+    of_teacher = {} if teacher is None else teacher.state_dict()
+    return policy.state_dict() | {TEACHER + name: value for name, value in of_teacher.items()}
+
 
 class PolicySubscriber:
-    """Loads published weights into a policy, whole versions only, when its owner asks for it."""
+    """Loads published weights into a policy, whole versions only, when its owner asks for it.
 
-    def __init__(self, endpoint: str, policy: nn.Module) -> None:
+    A teacher's weights are left aside where its owner has none.
+    """
+
+    def __init__(self, endpoint: str, policy: nn.Module, teacher: nn.Module | None = None) -> None:
         self._subscriber = WeightSubscriber(endpoint)
-        self._tensors = policy.state_dict()
+        self._tensors = published_tensors(policy, teacher)
+        self._has_teacher = teacher is not None
         self.version = -1
         self.progress = 0.0
         self.wall_s = 0.0
@@ -29,10 +42,11 @@ class PolicySubscriber:
         else:
             snapshot = self._subscriber.wait(timeout_s, min_version=min_version)
         if snapshot is not None:
-            if snapshot.tensors.keys() != self._tensors.keys():
-                differing = sorted(snapshot.tensors.keys() ^ self._tensors.keys())
+            tensors = {k: v for k, v in snapshot.tensors.items() if self._has_teacher or not k.startswith(TEACHER)}
+            if tensors.keys() != self._tensors.keys():
+                differing = sorted(tensors.keys() ^ self._tensors.keys())
                 raise ValueError(f"published weights do not fit the policy: {', '.join(differing)}")
-            for name, value in snapshot.tensors.items():
+            for name, value in tensors.items():
                 self._tensors[name].copy_(value)
             self.version = snapshot.version
             self.progress = snapshot.progress

@@ -29,7 +29,8 @@ _SINGLE_ROLES = ("learner", "evaluator")
 
 @dataclass(frozen=True)
 class Report:
-    """What a role says: `kind` is "heartbeat" (payload: `pid`), "metrics", or another that both ends know."""
+    """What a role says: `kind` is "heartbeat" (payload: `pid`, and `turn_s`, the seconds since its work last came
+    round), "metrics", or another that both ends know."""
 
     role: str
     kind: str
@@ -116,7 +117,8 @@ class ControlClient:
     """A role's end: a thread sends heartbeats and reports, and keeps the latest command.
 
     `stop` is set by the command "stop" (end now), `finish` by "finish" (bring the work to its end). All
-    methods are thread-safe and none waits for the supervisor.
+    methods are thread-safe and none waits for the supervisor. Heartbeats say when the role's own thread last came
+    round (`turn`), as they come from another.
     """
 
     def __init__(self, endpoint: str, role: str, heartbeat_s: float = 0.5) -> None:
@@ -127,6 +129,7 @@ class ControlClient:
         self._heartbeat_s = heartbeat_s
         self._outbox: deque[bytes] = deque(maxlen=MAX_QUEUED_REPORTS)
         self._latest: tuple[int, str] | None = None
+        self._turned_at: float | None = None
         self._closed = False
         self._lock = threading.Lock()
         self._context: zmq.Context = zmq.Context()
@@ -147,6 +150,10 @@ class ControlClient:
             if not self._closed:
                 self._outbox.append(frame)
                 self._waker.wake()
+
+    def turn(self) -> None:
+        """Note that the role's work goes on; one that calls this once must go on calling it."""
+        self._turned_at = time.monotonic()
 
     def command(self) -> str | None:
         """The supervisor's latest command, or None if there is none yet."""
@@ -186,7 +193,7 @@ class ControlClient:
             if time.monotonic() >= heartbeat_due:
                 # Not queued behind reports: while there is no connection one heartbeat too many tells
                 # nothing.
-                sockets.send_now(self._socket, [self._frame("heartbeat", {"pid": os.getpid()})])
+                sockets.send_now(self._socket, [self._frame("heartbeat", self._heartbeat())])
                 heartbeat_due = time.monotonic() + self._heartbeat_s
             self._send_reports()
             poller.poll(sockets.remaining_ms(heartbeat_due))
@@ -194,6 +201,10 @@ class ControlClient:
             for frames in sockets.drain(self._socket, copy=True):
                 self._take_command(_parse(frames))
         self._send_reports()
+
+    def _heartbeat(self) -> dict[str, float]:
+        turned_at = self._turned_at
+        return {"pid": os.getpid()} | ({} if turned_at is None else {"turn_s": time.monotonic() - turned_at})
 
     def _send_reports(self) -> None:
         with self._lock:
@@ -234,6 +245,10 @@ class RoleContext:
     def should_stop(self) -> bool:
         """Whether the supervisor wants this role to end now."""
         return self.control.stop.is_set()
+
+    def turn(self) -> None:
+        """Note that the role's work goes on: a role that stays in one turn for too long is taken to hang."""
+        self.control.turn()
 
     def report_metrics(self, metrics: Mapping[str, float], **position: float) -> None:
         """Report metrics by their public names; `position` is `step`, `wall_s`, `energy_evaluations`."""

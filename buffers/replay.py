@@ -13,17 +13,21 @@ from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from driftstream.buffers.samplers import RankSampler
 from driftstream.envs.errors import require
 
-Prioritization = Literal["rank", "uniform"]
+Prioritization = Literal["rank", "uniform", "loss"]
 Source = Literal["auto", "refined", "terminals"]
+COLUMNS = ("terminal", "log_reward", "priority")
+FIRST = 1e30
+"""Priority of a state whose loss is not known yet; finite, as checkpoints hold it."""
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
     """What is replayed, how much of it and how it is chosen; raises ConfigError for a field out of range.
 
-    `ratio` counts replayed batches per fresh batch (0 switches replay off), `minimum` the states held before
-    replay starts. `source` says which states enter: the refiners' (`refined`), the actors' (`terminals`), or
-    the refiners' where there are any (`auto`).
+    `ratio` counts replayed batches per fresh batch (0 switches replay off), `minimum` the states held before replay
+    starts. `prioritization` draws states by the rank of their log rewards, by that of the student's loss on them (as it
+    was when they were last trained on; new ones first), or uniformly. `source` says which states enter: the refiners'
+    (`refined`), the actors' (`terminals`), or the refiners' where there are any (`auto`).
     """
 
     capacity: int = 600_000
@@ -45,7 +49,7 @@ class ReplayConfig:
 
 
 class TerminalReplay:
-    """First-in-first-out memory of terminal states [D] and their log rewards, drawn by rank or uniformly.
+    """First-in-first-out memory of terminal states [D] and their log rewards, drawn by rank, by loss or uniformly.
 
     Rows are float32. One process and one thread own it. `generator=None` draws from the global random stream,
     which is then not part of the state.
@@ -64,8 +68,9 @@ class TerminalReplay:
         self.generator = generator
         self.inserted = 0
         self.sampled = 0
-        by_rank = self.config.prioritization == "rank"
-        sampler: Sampler = RankSampler(self.config.rank_k) if by_rank else RandomSampler()
+        self._drawn: Tensor | None = None
+        key = {"rank": "log_reward", "loss": "priority"}.get(self.config.prioritization)
+        sampler: Sampler = RankSampler(self.config.rank_k, key=key) if key else RandomSampler()
         self._buffer = ReplayBuffer(
             storage=LazyTensorStorage(self.config.capacity, device=self.device),
             sampler=sampler,
@@ -80,10 +85,16 @@ class TerminalReplay:
         """States drawn per state inserted so far."""
         return self.sampled / max(self.inserted, 1)
 
-    def add(self, terminal: Tensor, log_reward: Tensor) -> int:
+    @property
+    def by_loss(self) -> bool:
+        """Whether states are drawn by the student's loss on them."""
+        return self.config.prioritization == "loss"
+
+    def add(self, terminal: Tensor, log_reward: Tensor, priority: Tensor | None = None) -> int:
         """Inserts states [N,D] with log rewards [N], detached; returns how many were kept.
 
-        Rows that are not finite are left out: no backward path could be scored from them.
+        `priority` [N] is that of replay by loss; without it the states come before all whose loss is known. Rows that
+        are not finite are left out: no backward path could be scored from them.
         """
         if terminal.shape != (len(log_reward), self.dim):
             raise ValueError(
@@ -94,29 +105,59 @@ class TerminalReplay:
         finite = terminal.isfinite().all(-1) & log_reward.isfinite()
         if not finite.all():
             terminal, log_reward = terminal[finite], log_reward[finite]
-        self._insert(terminal, log_reward)
+        if self.by_loss:
+            priority = torch.full_like(log_reward, FIRST) if priority is None else priority.to(log_reward)[finite]
+        else:
+            priority = None
+        self._insert(terminal, log_reward, priority)
         self.inserted += len(terminal)
         return len(terminal)
 
-    def _insert(self, terminal: Tensor, log_reward: Tensor) -> None:
+    def _insert(self, terminal: Tensor, log_reward: Tensor, priority: Tensor | None) -> None:
         # Rows beyond the capacity would overwrite each other within one write.
-        terminal, log_reward = terminal[-self.config.capacity :], log_reward[-self.config.capacity :]
+        newest = slice(-self.config.capacity, None)
+        terminal, log_reward = terminal[newest], log_reward[newest]
         if len(terminal):
             entries = {"terminal": terminal, "log_reward": log_reward}
+            if priority is not None:
+                entries["priority"] = priority[newest].nan_to_num(0.0, FIRST, 0.0)
             self._buffer.extend(TensorDict(entries, batch_size=[len(terminal)], device=self.device))
 
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
         """`n` states [n,D] and log rewards [n], with replacement; raises RuntimeError when there are none."""
-        rows = self._buffer.sample(n)
+        rows, info = self._buffer.sample(n, return_info=True)
         self.sampled += n
+        self._drawn = info["index"]
         return rows["terminal"], rows["log_reward"]
+
+    def update_priority(self, priority: Tensor) -> None:
+        """Set the priorities [n] of the states that `sample` drew last; ignored where states are not drawn by loss.
+
+        Raises RuntimeError unless n states were drawn since they were last set.
+        """
+        if not self.by_loss:
+            return
+        drawn, self._drawn = self._drawn, None
+        if drawn is None or len(drawn) != len(priority):
+            raise RuntimeError(f"{len(priority)} priorities: expected one for each state of the last draw")
+        rows = self._buffer.storage.get(drawn)
+        rows["priority"] = priority.detach().to(rows["priority"]).nan_to_num(0.0, FIRST, 0.0)
+        self._buffer.storage.set(drawn, rows, set_cursor=False)
+        self._buffer.sampler.extend(drawn)
+
+    def recent(self, n: int, among: int = 10_000) -> Tensor:
+        """`n` of the `among` newest states (or of all, where they are fewer), evenly spread: [n,D], without a draw."""
+        among = min(among, len(self))
+        cursor = self._buffer.writer.state_dict()["_cursor"]
+        index = (cursor - 1 - torch.arange(n) * among // n) % max(1, len(self))
+        return self._buffer.storage.get(index)["terminal"]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors from which `load_state_dict` restores bitwise the same future draws."""
         state = {f"sampler.{key}": value for key, value in self._buffer.sampler.state_dict().items()}
         if len(self):
             rows = self._buffer[:].clone()
-            state |= {"terminal": rows["terminal"], "log_reward": rows["log_reward"]}
+            state |= {name: rows[name] for name in COLUMNS if name in rows}
         cursor = self._buffer.writer.state_dict()["_cursor"]
         state["counters"] = torch.tensor([cursor, self.inserted, self.sampled])
         if self.generator is not None:
@@ -127,7 +168,11 @@ class TerminalReplay:
         """Replaces everything held; the configuration and dimension must be those of the saved replay."""
         self._buffer.empty()
         if "terminal" in state:
-            self._insert(state["terminal"].to(self.device), state["log_reward"].to(self.device))
+            terminal, log_reward, priority = (state.get(name) for name in COLUMNS)
+            assert terminal is not None
+            assert log_reward is not None
+            kept = None if priority is None else priority.to(self.device)
+            self._insert(terminal.to(self.device), log_reward.to(self.device), kept)
         cursor, self.inserted, self.sampled = state["counters"].tolist()
         self._buffer.writer.load_state_dict({"_cursor": cursor})
         prefix = "sampler."

@@ -72,3 +72,5 @@ class SeedRequest:
     n: int
     epoch: int = 0
     sequence: int = 0
+    from_actor: bool = False
+    """Whether an actor asks, whose batch waits for the answer, and not a refiner."""

@@ -79,11 +79,14 @@ class StreamServer:
     def take(self, timeout_s: float) -> Message | None:
         """The oldest batch of trajectories, or None at the time-out; `release` it when it is used.
 
+        None too, early, when an actor asks for states: its batch may be the next one.
         Raises `StreamError` when nothing more is to be expected: a sender is broken, or the ingest thread
         failed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._trajectories or self._failure or self._closed, timeout_s)
+            self._changed.wait_for(
+                lambda: self._trajectories or self._failure or self._closed or self._actor_asks(), timeout_s
+            )
             self._raise_failure()
             return self._trajectories.popleft() if self._trajectories else None
 
@@ -160,6 +163,9 @@ class StreamServer:
     def _close_sockets(self) -> None:
         self._waker.close()
         sockets.close(self._context, self._router)
+
+    def _actor_asks(self) -> bool:
+        return any(request.from_actor for request in self._requests.values())
 
     def _wake(self) -> None:
         if not self._closed:
@@ -251,7 +257,10 @@ class StreamServer:
             raise WireError(f"seed request for {n} rows: expected 1 to {self._limits.max_rows}")
         sender = self._ledger.senders.get(request.sender)
         if sender is not None and sender.epoch == request.epoch:
-            self._requests[request.sender] = SeedRequest(request.sender, n, request.epoch, request.sequence)
+            self._requests[request.sender] = SeedRequest(
+                request.sender, n, request.epoch, request.sequence, from_actor=sender.paced
+            )
+            self._changed.notify_all()
 
     def _refuse(self, identity: bytes, reason: str) -> None:
         self._counters["rejected"] += 1

@@ -15,6 +15,10 @@ class TargetError(RuntimeError):
     """A target's own code raised, or returned something that is not a log density or a score."""
 
 
+class PluginError(RuntimeError):
+    """A plug-in (actor, refiner) raised, or returned something that does not follow its interface."""
+
+
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise `ConfigError(field, value, allowed)` unless the condition holds."""
     if not condition:

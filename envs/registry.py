@@ -4,7 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -35,14 +35,18 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The object of that name; raises ConfigError where there is none."""
         if name not in self._items:
-            close = difflib.get_close_matches(name, self._items, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ConfigError(self.kind, name, f"one of {', '.join(self.names())}{hint}")
+            raise ConfigError(self.kind, name, f"one of {', '.join(self.names())}{suggest(name, self._items)}")
         return self._items[name]
 
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._items)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean …?)`, where something known is close to a word."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def load_object(spec: str, field: str = "object") -> Any:
@@ -65,8 +69,7 @@ def load_object(spec: str, field: str = "object") -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        close = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = suggest(attribute, vars(module))
         raise ConfigError(field, spec, f"an attribute of {location}{hint}") from None
 
 

@@ -10,6 +10,7 @@ A batch of B trajectories with T steps in D dimensions has batch size [B] and th
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict
@@ -37,8 +38,16 @@ def make_trajectories(
     return TensorDict(columns, batch_size=[batch_size], device=states.device)
 
 
-def validate_trajectories(trajectories: TensorDict, dim: int, sampling_steps: int | None = None) -> None:
-    """Raise TrajectoryError unless keys, shapes, dtypes, times and finiteness are as the schema has them."""
+ALL_KEYS = ("states", "times", "log_reward", "scores")
+
+
+def validate_trajectories(
+    trajectories: TensorDict, dim: int, sampling_steps: int | None = None, finite: Sequence[str] = ALL_KEYS
+) -> None:
+    """Raise TrajectoryError unless keys, shapes, dtypes and times are as the schema has them.
+
+    The values under the keys `finite` must be finite too.
+    """
     for key in ("states", "times", "log_reward"):
         if key not in trajectories:
             raise TrajectoryError(f"key {key!r} is missing: expected states, times and log_reward")
@@ -58,20 +67,20 @@ def validate_trajectories(trajectories: TensorDict, dim: int, sampling_steps: in
     }
     for key, shape in expected.items():
         if key in trajectories:
-            _check_tensor(key, trajectories[key], shape)
+            _check_tensor(key, trajectories[key], shape, key in finite)
     # A row that was expanded stands for all.
     grid = times[:1] if times.stride(0) == 0 else times
     if not bool(((grid[:, 0] == 0) & (grid[:, -1] == 1) & (grid.diff(dim=1) > 0).all(1)).all()):
         raise TrajectoryError("'times' is no grid: expected 0 = t_0 < ... < t_T = 1")
 
 
-def _check_tensor(key: str, value: Tensor, shape: list[int]) -> None:
+def _check_tensor(key: str, value: Tensor, shape: list[int], finite: bool) -> None:
     if list(value.shape) != shape:
         raise TrajectoryError(f"{key!r} has shape {list(value.shape)}: expected {shape}")
     if value.dtype not in (torch.float32, torch.float64):
         raise TrajectoryError(f"{key!r} has dtype {value.dtype}: expected float32 or float64")
     # A sum shows NaN and infinity in one pass; only an odd one is worth looking through.
-    if not math.isfinite(value.detach().sum().item()):
+    if finite and not math.isfinite(value.detach().sum().item()):
         bad = value.numel() - int(value.isfinite().sum())
         if bad:
             raise TrajectoryError(f"{key!r} has {bad} values that are not finite: expected none")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftstream.actors.actor import ExplorationActor
+from driftstream.actors.actor import Actor
 from driftstream.actors.rollout import rollout
 from driftstream.envs.errors import require
 from driftstream.envs.grids import make_grid
@@ -145,7 +145,7 @@ def measure_gradients(
 
 def bench_gradients(
     learner: Learner,
-    actor: ExplorationActor,
+    actor: Actor,
     objectives: Mapping[str, ObjectiveConfig],
     steps: int,
     repeats: int,

@@ -12,9 +12,11 @@ from typing import Any, Literal
 import tomli_w
 
 from driftstream.actors.actor import ActorConfig
-from driftstream.actors.exploration import ExplorationConfig
+from driftstream.actors.context import ExplorationConfig
+from driftstream.actors.kinds import Option, settle_kinds, short_name
 from driftstream.actors.policy import PolicyConfig
 from driftstream.actors.refiner import RefinerConfig
+from driftstream.actors.registry import load_actor, load_refiner, make_options
 from driftstream.buffers.channels import StreamConfig
 from driftstream.buffers.replay import ReplayConfig
 from driftstream.envs.errors import ConfigError, require
@@ -30,8 +32,7 @@ from driftstream.learner.limits import LimitsConfig
 from driftstream.learner.objectives import ObjectiveConfig
 from driftstream.learner.on_policy import RolloutConfig
 from driftstream.learner.optim import OptimConfig
-
-Option = int | float | bool | str
+from driftstream.learner.teacher import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class RunConfig:
     stream: StreamConfig = StreamConfig()
     learner: LearnerConfig = LearnerConfig()
     optim: OptimConfig = OptimConfig()
+    teacher: TeacherConfig = TeacherConfig()
     rollout: RolloutConfig = RolloutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -111,7 +113,39 @@ def resolve(config: RunConfig) -> RunConfig:
         require(enough, "refiner.count", 0, "at least 1, as replay.source = 'refined'")
     if streamed:
         require(config.actor.count > 0, "actor.count", 0, "at least 1, as data = 'stream'")
-    return replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
+    config = replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
+    return _check_teacher(_settle_kinds(config))
+
+
+def _settle_kinds(config: RunConfig) -> RunConfig:
+    """Counts by kind for every actor and refiner, and options for every kind that has some, all checked."""
+    actor, refiner = config.actor, config.refiner
+    actors = settle_kinds(actor.kinds, actor.count, "explore", "actor")
+    refiners = settle_kinds(refiner.kinds, refiner.count, "mala", "refiner")
+    for kind in actors:
+        make_options(load_actor(kind).Options, actor.options.get(short_name(kind), {}), f"actor.options.{kind}")
+    for kind in refiners:
+        if kind != "mala":
+            values = refiner.options.get(short_name(kind), {})
+            make_options(load_refiner(kind).Options, values, f"refiner.options.{kind}")
+    return replace(config, actor=replace(actor, kinds=actors), refiner=replace(refiner, kinds=refiners))
+
+
+def _check_teacher(config: RunConfig) -> RunConfig:
+    """Refuse what a teacher cannot learn from: ConfigError naming the field."""
+    if not has_teacher(config):
+        return config
+    name, allowed = config.objective.name, "'trajectory_balance' or 'vargrad', as the run has a teacher"
+    require(name in ("trajectory_balance", "vargrad"), "objective.name", name, allowed)
+    length = config.objective.segment_length
+    require(length is None, "objective.segment_length", length, "nothing, as the run has a teacher")
+    require(config.data == "stream", "data", config.data, "'stream', where a teacher's actors roll out")
+    return config
+
+
+def has_teacher(config: RunConfig) -> bool:
+    """Whether a teacher is trained beside the student: for the actors that roll it out."""
+    return config.data == "stream" and "teacher" in config.actor.kinds
 
 
 def _check_objective(config: RunConfig, grid: GridConfig, policy: PolicyConfig) -> None:

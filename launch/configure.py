@@ -1,11 +1,13 @@
 """From a `driftstream train` command line to a resolved configuration."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from driftstream.actors.kinds import parse_kinds
 from driftstream.envs.errors import require
 from driftstream.launch.config import RunConfig, from_dict, from_toml, resolve
 from driftstream.launch.flags import TrainFlags, UsageError, parse_known, refuse
@@ -57,8 +59,8 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
         "seed": flags.seed,
         "device": flags.device,
         "sync": flags.sync or None,
-        "actor": {"count": flags.actors},
-        "refiner": {"count": flags.refiners},
+        "actor": _counts(flags.actors, "--actors"),
+        "refiner": _counts(flags.refiners, "--refiners"),
         "grid": {"sampling_steps": flags.sampling_steps},
         "monitor": {"wandb": flags.wandb},
         "limits": limits,
@@ -68,6 +70,16 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
         _check_kept(resumed, config)
     resolve_device(config.device)
     return config
+
+
+def _counts(text: str | None, flag: str) -> dict[str, Any]:
+    """The fields that --actors or --refiners sets: how many there are, and of which kinds where it names some."""
+    if text is None:
+        return {}
+    if re.fullmatch(r"[0-9]{1,6}", text, re.ASCII):
+        return {"count": int(text)}
+    kinds = {_absolute(kind): count for kind, count in parse_kinds(text, flag).items()}
+    return {"kinds": kinds, "count": sum(kinds.values())}
 
 
 def _check_kept(before: RunConfig, config: RunConfig) -> None:
@@ -86,10 +98,10 @@ def _leaves(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         yield from _leaves(f"{name}.{field.name}", getattr(old, field.name), getattr(new, field.name))
 
 
-def _absolute(target: str) -> str:
-    """A target in a file keeps its meaning when the run is resumed from elsewhere."""
-    path, colon, attribute = target.rpartition(":")
-    return f"{Path(path).resolve()}:{attribute}" if colon and path.endswith(".py") else target
+def _absolute(place: str) -> str:
+    """A target or plug-in in a file keeps its meaning when the run is resumed from elsewhere."""
+    path, colon, attribute = place.rpartition(":")
+    return f"{Path(path).resolve()}:{attribute}" if colon and path.endswith(".py") else place
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

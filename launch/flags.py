@@ -21,6 +21,7 @@ from driftstream.envs.errors import ConfigError, TargetError
 Flags = TypeVar("Flags")
 Optional = arg(help_behavior_hint="")
 N = arg(metavar="N", help_behavior_hint="")
+KINDS = arg(metavar="N|KIND:N,…", help_behavior_hint="")
 
 
 class UsageError(ValueError):
@@ -47,10 +48,10 @@ class TrainFlags:
         dict[str, int | float | bool | str], arg(metavar="KEY VALUE …", help_behavior_hint="")
     ] = field(default_factory=dict)
     """Options of the target, such as: dim 16."""
-    actors: Annotated[int | None, N] = None
-    """Processes that explore."""
-    refiners: Annotated[int | None, N] = None
-    """Processes that refine states by MALA."""
+    actors: Annotated[str | None, KINDS] = None
+    """Processes that explore: a number, or counts by kind such as explore:2,teacher:1,./mine.py:Mine:1."""
+    refiners: Annotated[str | None, KINDS] = None
+    """Processes that refine states by Markov chains: a number, or counts by kind such as mala:1,tempering:1."""
     steps: Annotated[int | None, N] = None
     """Limit: learner updates."""
     minutes: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None

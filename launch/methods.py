@@ -1,10 +1,10 @@
 """Methods: a preset is a TOML file with a summary, a source, and the fields of `RunConfig` that it sets."""
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from driftstream.envs.errors import ConfigError
+from driftstream.envs.registry import suggest
 from driftstream.launch.config import RunConfig, from_dict, read_toml
 
 PRESETS = Path(__file__).parent / "presets"
@@ -34,8 +34,7 @@ def load_method(name: str) -> Method:
     is_path = name.endswith(".toml")
     path = Path(name) if is_path else PRESETS / f"{name}.toml"
     if not is_path and name not in method_names():
-        close = difflib.get_close_matches(name, method_names(), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = suggest(name, method_names())
         raise ConfigError("method", name, f"one of {', '.join(method_names())}, or a TOML file{hint}")
     data = read_toml(path)
     summary, source = str(data.pop("summary", "")), str(data.pop("source", ""))

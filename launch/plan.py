@@ -4,22 +4,27 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
+from driftstream.actors.kinds import expand_kinds, short_name
 from driftstream.envs.errors import require
 from driftstream.eval.monitor import MonitorConfig
 
 
 @dataclass(frozen=True)
 class SupervisorConfig:
-    """How roles are watched: a silent one is killed, a dead one (seen at once) restarted, within a budget."""
+    """How roles are watched: a silent or hung one is killed, a dead one (seen at once) restarted, within a budget.
+
+    An actor or refiner hangs when one batch or cycle takes it longer than `hang_timeout_s`.
+    """
 
     heartbeat_s: float = 0.5
     heartbeat_timeout_s: float = 20.0
+    hang_timeout_s: float = 120.0
     max_restarts: int = 5
     restart_delay_s: float = 0.2
     drain_s: float = 8.0
 
     def __post_init__(self) -> None:
-        for name in ("heartbeat_s", "restart_delay_s", "drain_s"):
+        for name in ("heartbeat_s", "hang_timeout_s", "restart_delay_s", "drain_s"):
             value = getattr(self, name)
             require(value > 0, f"supervisor.{name}", value, "a positive number of seconds")
         allowed = f"more than twice heartbeat_s = {self.heartbeat_s}"
@@ -36,8 +41,9 @@ class RunPlan:
     method: str
     seed: int
     sync: bool
-    actors: int
-    refiners: int
+    actors: tuple[str, ...]
+    """The kind of every actor, by index; refiners likewise."""
+    refiners: tuple[str, ...]
     tcp_host: str | None
     supervisor: SupervisorConfig
     monitor: MonitorConfig
@@ -54,10 +60,14 @@ class RunPlan:
             method=table["method"],
             seed=table["seed"],
             sync=table["sync"],
-            actors=table["actor"]["count"] if streamed else 0,
-            refiners=table["refiner"]["count"] if streamed else 0,
+            actors=_kinds(table["actor"]) if streamed else (),
+            refiners=_kinds(table["refiner"]) if streamed else (),
             tcp_host=stream["host"] if stream["transport"] == "tcp" else None,
             supervisor=SupervisorConfig(**table["supervisor"]),
             monitor=MonitorConfig(**monitor | {"tags": tuple(monitor["tags"])}),
             resolved=table,
         )
+
+
+def _kinds(table: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(short_name(kind) for kind in expand_kinds(table["kinds"]))

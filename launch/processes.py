@@ -86,14 +86,18 @@ class RoleProcess:
         restarts: int,
         launch: int = 0,
         role_function: str = ROLE_FUNCTION,
+        kind: str = "",
     ) -> None:
         self.role, self.index, self.name = role, index, role_name(role, index)
+        self.title = f"{self.name} ({kind})" if kind else self.name
         self.log = run.log(self.name)
         self.starts, self.restarts_left = 0, restarts
         self.restart_at: float | None = None
         self.command: str | None = None
         self.deadline: float | None = None
         self.error: dict[str, Any] = {}
+        self.turn_s = 0.0
+        """How long its work has taken since it last came round, as it said last."""
         self._run, self._context, self._seed = run, context, seed
         self._launch, self._role_function = launch, role_function
         self._process: ForkServerProcess | None = None
@@ -111,6 +115,7 @@ class RoleProcess:
         self.starts += 1
         self.restart_at, self.error, self._killed_as = None, {}, ""
         self._silent_from = time.monotonic() + FIRST_REPORT_S
+        self.turn_s = 0.0
 
     @property
     def alive(self) -> bool:

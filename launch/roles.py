@@ -4,22 +4,28 @@ The components are the same whether every role has a process of its own or all o
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from driftstream.actors.actor import ExplorationActor, run_actor
+from driftstream.actors.actor import Actor, run_actor
+from driftstream.actors.context import ActorContext, AskReplayed, no_replay
+from driftstream.actors.kinds import expand_kinds, short_name
 from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.refiner import Refiner, run_refiner
+from driftstream.actors.registry import load_actor, load_refiner, make_options
 from driftstream.buffers.control import RoleContext
 from driftstream.envs.errors import ConfigError
 from driftstream.envs.processes import make_process
 from driftstream.envs.targets import CountedTarget, make_target
 from driftstream.eval.evaluator import Evaluator, run_evaluator
-from driftstream.launch.config import RunConfig
+from driftstream.launch.config import RunConfig, has_teacher
 from driftstream.launch.seeding import derive_seed
+from driftstream.launch.worker import role_name
 from driftstream.learner.learner import Learner
 from driftstream.learner.role import run_learner
+from driftstream.learner.teacher import teacher_policy
 
 # It announces the allocation of every replay memory.
 logging.getLogger("torchrl").setLevel(logging.WARNING)
@@ -61,32 +67,57 @@ def build_learner(config: RunConfig, seed: int) -> Learner:
         config.rollout,
         seed,
         device,
+        config.teacher if has_teacher(config) else None,
     )
 
 
-def build_on_policy_actors(config: RunConfig, learner: Learner, seed: int) -> list[ExplorationActor]:
+def build_on_policy_actors(config: RunConfig, learner: Learner, seed: int) -> list[Actor]:
     """Who rolls out in the learner's process: nobody where the learner differentiates through its own simulation."""
-    return [] if config.objective.pathwise else [build_actor(config, seed, learner.policy)]
+    return [] if config.objective.pathwise else [_make_actor(config, "explore", seed, *_shared(learner))]
 
 
-def build_actor(config: RunConfig, seed: int, policy: DiffusionPolicy | None = None) -> ExplorationActor:
-    """An actor, with a policy of its own or sharing the learner's."""
-    target = build_target(config, torch.device("cpu") if policy is None else policy_device(policy))
-    device = target.device
-    if policy is None:
-        policy = DiffusionPolicy(target.dim, config.policy).requires_grad_(False)
-    exploration = config.exploration
-    if config.data == "on_policy":
-        exploration = replace(exploration, std=0.0)
-    return ExplorationActor(
+def build_local_actors(config: RunConfig, learner: Learner, seeds: Sequence[int]) -> list[Actor]:
+    """Every actor of the run as a component of the learner's process, in the order of their indices."""
+    kinds = expand_kinds(config.actor.kinds)
+    return [_make_actor(config, kind, seed, *_shared(learner)) for kind, seed in zip(kinds, seeds, strict=True)]
+
+
+def build_actor(config: RunConfig, seed: int, index: int = 0) -> Actor:
+    """The actor of an index, with policies of its own."""
+    target = build_target(config, torch.device("cpu"))
+    policy = DiffusionPolicy(target.dim, config.policy).requires_grad_(False)
+    teacher = None
+    if has_teacher(config):
+        teacher = DiffusionPolicy(target.dim, teacher_policy(config.policy)).requires_grad_(False)
+    return _make_actor(config, expand_kinds(config.actor.kinds)[index], seed, policy, teacher, no_replay)
+
+
+def _shared(learner: Learner) -> tuple[DiffusionPolicy, DiffusionPolicy | None, AskReplayed]:
+    return learner.policy, None if learner.teacher is None else learner.teacher.policy, learner.draw_replayed
+
+
+def _make_actor(
+    config: RunConfig,
+    kind: str,
+    seed: int,
+    policy: DiffusionPolicy,
+    teacher: DiffusionPolicy | None,
+    ask_replayed: AskReplayed,
+) -> Actor:
+    device, name, actor_class = policy_device(policy), short_name(kind), load_actor(kind)
+    values = config.actor.options.get(name, {})
+    context = ActorContext(
         policy,
         make_process(config.process),
-        target,
+        build_target(config, device),
         config.grid,
-        exploration,
+        replace(config.exploration, std=0.0) if config.data == "on_policy" else config.exploration,
         config.learner.batch_size,
         torch.Generator(device).manual_seed(seed),
+        teacher,
+        ask_replayed=ask_replayed,
     )
+    return Actor(name, actor_class(make_options(actor_class.Options, values, f"actor.options.{name}")), context)
 
 
 def policy_device(policy: DiffusionPolicy) -> torch.device:
@@ -94,11 +125,17 @@ def policy_device(policy: DiffusionPolicy) -> torch.device:
     return next(policy.parameters()).device
 
 
-def build_refiner(config: RunConfig, seed: int) -> Refiner:
-    """A refiner; like actors it works on the CPU, whatever the learner's device."""
+def build_refiner(config: RunConfig, seed: int, index: int = 0) -> Refiner:
+    """The refiner of an index; like actors it works on the CPU, whatever the learner's device."""
     device = torch.device("cpu")
     generator = torch.Generator(device).manual_seed(seed)
-    return Refiner(build_target(config, device), config.refiner.mala, generator)
+    kind = expand_kinds(config.refiner.kinds)[index]
+    name, refiner_class = short_name(kind), load_refiner(kind)
+    options: object = config.refiner.mala
+    if kind != "mala":
+        values = config.refiner.options.get(name, {})
+        options = make_options(refiner_class.Options, values, f"refiner.options.{name}")
+    return refiner_class(build_target(config, device), options, generator)
 
 
 def build_evaluator(config: RunConfig, seed: int | None = None) -> Evaluator:
@@ -137,12 +174,13 @@ def run_role(role: str, config: RunConfig, context: RoleContext) -> None:
             config.checkpoint,
             config.stream,
             config.refiner.every,
+            {role_name("actor", i): short_name(kind) for i, kind in enumerate(expand_kinds(config.actor.kinds))},
             on_policy_actors,
         )
     elif role == "actor":
-        run_actor(context, build_actor(config, context.seed), config.stream)
+        run_actor(context, build_actor(config, context.seed, context.index), config.stream)
     elif role == "refiner":
-        run_refiner(context, build_refiner(config, context.seed), config.stream)
+        run_refiner(context, build_refiner(config, context.seed, context.index), config.stream)
     elif role == "evaluator":
         run_evaluator(context, build_evaluator(config))
     else:

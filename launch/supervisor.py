@@ -25,6 +25,8 @@ TICK_MS = 100
 PAUSE_S = 1.0
 """A turn of the loop that takes longer was a pause of this process (Ctrl-Z, a suspended machine)."""
 LONGEST_DELAY_S = 30.0
+ORDINARY_KINDS = ("explore", "mala")
+"""Kinds that go without saying."""
 FINAL_EVALUATION_S = 600.0
 """A final evaluation that takes longer is given up."""
 STOPPING_S = 10.0
@@ -93,14 +95,14 @@ class Supervisor:
         return self._exit_code
 
     def _make_roles(self) -> Iterator[RoleProcess]:
-        counts = {
-            "learner": 1,
+        kinds = {
+            "learner": ("",),
             "actor": self.plan.actors,
             "refiner": self.plan.refiners,
-            "evaluator": 1,
+            "evaluator": ("",),
         }
-        for role, count in counts.items():
-            for index in range(count):
+        for role, of_role in kinds.items():
+            for index, kind in enumerate(of_role):
                 yield RoleProcess(
                     role,
                     index,
@@ -110,6 +112,7 @@ class Supervisor:
                     restarts=self.plan.supervisor.max_restarts,
                     launch=self._launch,
                     role_function=self._role_function,
+                    kind="" if kind in ORDINARY_KINDS else kind,
                 )
 
     # The loop.
@@ -152,6 +155,8 @@ class Supervisor:
                 role.kill("did not stop in time")
             elif role.silence_s(now) > settings.heartbeat_timeout_s:
                 role.kill(f"silent for {role.silence_s(now):.1f} s (--supervisor.heartbeat-timeout-s)")
+            elif role.turn_s > settings.hang_timeout_s:
+                role.kill(f"hung: no batch in {role.turn_s:.1f} s (--supervisor.hang-timeout-s)")
         code = role.collect()
         if code is not None:
             self._on_end(role, code, now)
@@ -167,6 +172,9 @@ class Supervisor:
             if role is None:
                 continue
             role.heard(now)
+            if report.kind == "heartbeat":
+                turn_s = report.payload.get("turn_s", 0.0)
+                role.turn_s = turn_s if isinstance(turn_s, float) else 0.0
             self._take(role, report)
 
     def _take(self, role: RoleProcess, report: Report) -> None:
@@ -204,7 +212,7 @@ class Supervisor:
 
     def _on_end(self, role: RoleProcess, code: int, now: float) -> None:
         self._read_reports()  # an error may have come together with the end
-        cause = f"{role.name} ended: {role.cause(code)}"
+        cause = f"{role.title} ended: {role.cause(code)}"
         told_to_stop = self._phase is Phase.STOPPING or role.command == "stop"
         if code == FAILED_FOR_GOOD and not told_to_stop:
             self._fail(role, cause, code)

@@ -11,9 +11,9 @@ from driftstream.eval.evaluator import final_evaluation
 from driftstream.eval.monitor import Monitor
 from driftstream.launch.config import RunConfig
 from driftstream.launch.roles import (
-    build_actor,
     build_evaluator,
     build_learner,
+    build_local_actors,
     build_on_policy_actors,
     build_refiner,
 )
@@ -46,9 +46,9 @@ def train_sync(
         actors = build_on_policy_actors(config, learner, derive_seed(config.seed, "actor", 0))
     else:
         actor_seeds = [derive_seed(config.seed, "actor", index) for index in range(config.actor.count)]
-        actors = [build_actor(config, seed, learner.policy) for seed in actor_seeds]
+        actors = build_local_actors(config, learner, actor_seeds)
         refiner_seeds = [derive_seed(config.seed, "refiner", index) for index in range(config.refiner.count)]
-        refiners = [build_refiner(config, seed) for seed in refiner_seeds]
+        refiners = [build_refiner(config, seed, index) for index, seed in enumerate(refiner_seeds)]
     budget = Budget(config.limits)
     checkpointer = Checkpointer(run_dir / "checkpoints", config.checkpoint)
     evaluator = build_evaluator(config)

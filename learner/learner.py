@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
 from driftstream.actors.rollout import rollout_backward, score_trajectories
+from driftstream.actors.weights import published_tensors
 from driftstream.buffers.rate_limiter import RateLimiter
 from driftstream.buffers.replay import ReplayConfig, TerminalReplay
 from driftstream.envs.errors import require
@@ -18,9 +19,11 @@ from driftstream.envs.grids import GridConfig, make_grid
 from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget
 from driftstream.learner.losses import Paths, draw_segments, path_loss
-from driftstream.learner.objectives import ObjectiveConfig, log_weights
+from driftstream.learner.objectives import ObjectiveConfig, log_weights, teacher_reward
 from driftstream.learner.on_policy import RolloutConfig, pathwise_log_weight
 from driftstream.learner.optim import OptimConfig, Optimizer, WeightAverage
+from driftstream.learner.statistics import KindStatistics
+from driftstream.learner.teacher import Teacher, TeacherConfig, teacher_policy
 
 Metrics = dict[str, Tensor | float]
 
@@ -75,6 +78,7 @@ class Learner:
         rollout: RolloutConfig,
         seed: int,
         device: torch.device | str = "cpu",
+        teacher: TeacherConfig | None = None,
     ) -> None:
         self.target = target
         self.process = process
@@ -86,9 +90,15 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.policy = DiffusionPolicy(target.dim, policy).to(device)
+            second = None if teacher is None else DiffusionPolicy(target.dim, teacher_policy(policy)).to(device)
         self.log_z = nn.Parameter(torch.zeros((), device=device))
         self.average = WeightAverage(self.policy, optim.ema_decay)
         self.optimizer = Optimizer(self.policy, self.log_z, optim)
+        self.teacher = None
+        if teacher is not None and second is not None:
+            self.teacher = Teacher(second, process, teacher, optim)
+        self.residual_weight = (teacher or TeacherConfig()).weight
+        self.statistics = KindStatistics()
         only_seeds = replay.source == "refined"
         seeding = dataclasses.replace(replay, prioritization="rank") if only_seeds else replay
         self.terminals = TerminalReplay(target.dim, seeding, device, self.generator)
@@ -111,21 +121,30 @@ class Learner:
         """Energy and gradient evaluations of the whole run so far: actors', refiners' and the learner's own."""
         return self.actor_calls + self.target.calls
 
-    def learn_fresh(self, batch: TensorDict, progress: float) -> Metrics | None:
+    def learn_fresh(self, batch: TensorDict, progress: float, kind: str = "explore") -> Metrics | None:
         """Update from a batch of trajectories, and keep their terminal states for replay and seeding.
 
-        An objective that is trained on replay alone has no use for paths of the policy itself: they only give a
-        rough level of log Z, for display, and the step does not count (None).
+        `kind` says of which kind the actor is that made it. An objective that is trained on replay alone has no use for
+        paths of the policy itself: they only give a rough level of log Z, for display, and the step does not count
+        (None).
         """
         states, log_reward = batch["states"], batch["log_reward"]
-        self.terminals.add(states[:, -1], log_reward)
+        novelty = self.statistics.novelty(kind, states[:, -1], self.terminals)
         paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
+        metrics, residual = self._learn_fresh(paths, progress)
+        priority = None if residual is None else teacher_reward(residual, self.residual_weight)
+        self.terminals.add(states[:, -1], log_reward, priority)
+        self.statistics.add(kind, log_reward, residual, novelty)
+        return metrics
+
+    def _learn_fresh(self, paths: Paths, progress: float) -> tuple[Metrics | None, Tensor | None]:
+        """The update's metrics (None where it is none), and the residuals that it was made from."""
         if not self._log_z_started or self.objective.replay_only:
             log_weight = self.log_weight(paths)
             self.start_log_z(log_weight)
             if self.objective.replay_only:
                 self._follow_log_z(log_weight.mean())
-                return None
+                return None, None
         return self._update(self._cut(paths), progress)
 
     def learn_replayed(self, progress: float) -> Metrics:
@@ -136,7 +155,11 @@ class Learner:
         paths = self._cut(Paths(states, times, log_reward))
         if self.policy.langevin:
             paths = dataclasses.replace(paths, scores=self.target.score(paths.states[:, :-1]))
-        return self._update(paths, progress)
+        metrics, residual = self._update(paths, progress)
+        if residual is not None:
+            self.replay.update_priority(teacher_reward(residual, self.residual_weight))
+        self.statistics.add("replay", log_reward, residual)
+        return metrics
 
     def learn_pathwise(self, progress: float) -> Metrics:
         """Update from trajectories that the learner simulates itself, and differentiates through.
@@ -170,8 +193,19 @@ class Learner:
         self.terminals.sampled -= n  # `samples_per_insert` is of what is trained on
         return seeds
 
-    def _update(self, paths: Paths, progress: float) -> Metrics:
+    def draw_replayed(self, n: int) -> tuple[Tensor, Tensor] | None:
+        """States `[n, D]` of what is replayed, or of the actors' where that is empty; None while there are none."""
+        memory = self.replay if len(self.replay) else self.terminals
+        if not len(memory):
+            return None
+        drawn = memory.sample(n)
+        memory.sampled -= n
+        return drawn
+
+    def _update(self, paths: Paths, progress: float) -> tuple[Metrics, Tensor | None]:
+        """Metrics of one update, and the residuals [B] before it (None for segments)."""
         loss, log_weight = self._loss(paths)
+        residual = None if log_weight is None else log_weight - self.log_z.detach()
         if log_weight is not None and not (self.objective.learns_log_z or self.objective.replay_only):
             self._follow_log_z(log_weight.mean())
         extra: Metrics = {}
@@ -181,7 +215,9 @@ class Learner:
             if share:
                 gradients = [self._gradient(self._loss(part)[0]) for part in parts]
                 extra["train/grad_variance"] = gradient_variance(gradients)
-        return self._descend(loss, progress) | extra
+        if self.teacher is not None and residual is not None:
+            extra |= self.teacher.learn(paths, residual, progress)
+        return self._descend(loss, progress) | extra, residual
 
     def _loss(self, paths: Paths) -> tuple[Tensor, Tensor | None]:
         return path_loss(self.objective, self.policy, self.process, self.target, paths, self.log_z)
@@ -243,8 +279,13 @@ class Learner:
         }
 
     def policy_tensors(self) -> dict[str, Tensor]:
-        """The policy's current tensors, to be published to actors."""
+        """The policy's current tensors."""
         return {name: value.detach() for name, value in self.policy.state_dict().items()}
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """What actors roll out: the policy's current tensors, and the teacher's."""
+        tensors = published_tensors(self.policy, None if self.teacher is None else self.teacher.policy)
+        return {name: value.detach() for name, value in tensors.items()}
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Groups of tensors and a dictionary of numbers, from which `load_state` goes on exactly."""
@@ -256,6 +297,8 @@ class Learner:
             "refined": self.refined.state_dict(),
             "random": {"learner": self.generator.get_state()},
         }
+        if self.teacher is not None:
+            groups |= self.teacher.state()
         numbers = {
             "step": self.step,
             "skipped": self.skipped,
@@ -275,6 +318,8 @@ class Learner:
         self.optimizer.load_state_dict(optimizer)
         self.terminals.load_state_dict(groups["terminals"])
         self.refined.load_state_dict(groups["refined"])
+        if self.teacher is not None:
+            self.teacher.load_state(groups)
         self.limiter.load_state_dict(numbers["rate_limiter"])
         self.generator.set_state(groups["random"]["learner"].cpu())
         self._log_z_started = numbers["log_z_started"]

@@ -137,7 +137,7 @@ class TrainingLoop:
             if batch is None:
                 return None
             self._window.staleness.append(learner.step - batch.policy_version)
-            metrics = learner.learn_fresh(batch.trajectories, self.progress)
+            metrics = learner.learn_fresh(batch.trajectories, self.progress, batch.kind)
             source.consumed(batch)
         learner.limiter.used(kind, replay_size)
         return metrics
@@ -165,6 +165,7 @@ class TrainingLoop:
         self.report(
             {
                 **self._window.metrics(),
+                **learner.statistics.metrics(),
                 **source_metrics,
                 "train/skipped": learner.skipped,
                 "replay/size": len(learner.replay),

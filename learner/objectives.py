@@ -157,3 +157,23 @@ def maximum_likelihood(log_pf: Tensor) -> Tensor:
     Source: Sendera et al. 2024 (arXiv 2402.05098), section 3.
     """
     return -log_pf.sum(-1).mean()
+
+
+def teacher_reward(residual: Tensor, weight: float) -> Tensor:
+    """R_T = log(1.001 + w δ²/2) of a student's residuals δ, of any shape; w = `weight` where δ > 0, else 1.
+
+    δ = log R + Σ log P_B - Σ log P_F - log Z is positive where the student samples too little. It is a constant
+    to the teacher: detached.
+
+    Source: Kim et al. 2024 (adaptive teachers, arXiv 2410.01432), equation 6.
+    """
+    residual = residual.detach()
+    return torch.log(1.001 + 0.5 * torch.where(residual > 0, weight, 1.0) * residual.square())
+
+
+def teacher_log_reward(residual: Tensor, log_reward: Tensor, alpha: float, weight: float) -> Tensor:
+    """What a teacher samples from, unnormalised: log R_T(δ) + α log R; residual and log_reward [B] -> [B].
+
+    Source: Kim et al. 2024 (adaptive teachers, arXiv 2410.01432), section 3.2.
+    """
+    return teacher_reward(residual, weight).log() + alpha * log_reward

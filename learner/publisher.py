@@ -28,7 +28,7 @@ class Publisher:
         learner = self._learner
         if self.version != learner.step:
             self.version = learner.step
-            self._weights.publish(self._snapshot(learner.policy_tensors()))
+            self._weights.publish(self._snapshot(learner.published_tensors()))
         now = time.monotonic()
         if now >= self._average_due:
             self._average_due = now + AVERAGE_EVERY_S

@@ -1,9 +1,10 @@
 """The learner as a process: it serves the stream, publishes weights and trains until its limits are reached."""
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 
-from driftstream.actors.actor import ExplorationActor
+from driftstream.actors.actor import Actor
 from driftstream.buffers.channels import StreamConfig, StreamServer
 from driftstream.buffers.control import RoleContext
 from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer, checkpoint_paths, load_latest
@@ -21,12 +22,14 @@ def run_learner(
     checkpoint: CheckpointConfig,
     stream: StreamConfig,
     refine_every: int,
-    on_policy_actors: list[ExplorationActor] | None = None,
+    kinds: Mapping[str, str],
+    on_policy_actors: list[Actor] | None = None,
 ) -> None:
     """Train until a limit is reached or the run stops; goes on from the run's newest whole checkpoint, if any.
 
-    With `on_policy_actors` (which share the learner's policy; none where the learner differentiates through its own
-    simulation) nothing is streamed: this process makes the data itself.
+    `kinds` says of which kind every actor is, by its role's name. With `on_policy_actors` (which share the learner's
+    policy; none where the learner differentiates through its own simulation) nothing is streamed: this process makes
+    the data itself.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
@@ -63,7 +66,7 @@ def run_learner(
             version = state.step if state else 0
             server = StreamServer(endpoints.stream, stream, max_outstanding=max(1, window), version=version)
             stack.callback(server.close)
-            source = StreamSource(server, publisher, learner.policy, lock_step=window == 0)
+            source = StreamSource(server, publisher, learner.policy, window == 0, kinds, learner.draw_replayed)
         loop = TrainingLoop(
             learner,
             source,

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from driftstream.actors.actor import CallMeter, ExplorationActor
+from driftstream.actors.actor import Actor
+from driftstream.actors.meter import CallMeter
 from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.refiner import Refiner
 from driftstream.buffers.channels import StreamError, StreamServer
@@ -29,10 +31,11 @@ DrawSeeds = Callable[[int], tuple[Tensor, Tensor] | None]
 
 @dataclass(frozen=True)
 class FreshBatch:
-    """Trajectories `[B]` made with the policy's version `policy_version`; used once, then `consumed`."""
+    """Trajectories `[B]` by an actor of some kind with the weights `policy_version`; used once, then `consumed`."""
 
     trajectories: TensorDict
     policy_version: int
+    kind: str
     message: Message | None = None
 
 
@@ -68,7 +71,11 @@ class DataSource(Protocol):
 
 
 class StreamSource:
-    """Data from actor and refiner processes."""
+    """Data from actor and refiner processes.
+
+    `kinds` says of every actor, by its name in the stream, of which kind it is; `draw_replayed` answers actors that
+    ask for replayed states.
+    """
 
     def __init__(
         self,
@@ -76,10 +83,14 @@ class StreamSource:
         publisher: Publisher,
         policy: DiffusionPolicy,
         lock_step: bool,
+        kinds: Mapping[str, str],
+        draw_replayed: DrawSeeds,
     ) -> None:
         self._server = server
         self._publisher = publisher
         self._policy = policy
+        self._kinds = kinds
+        self._draw_replayed = draw_replayed
         self._like = next(policy.parameters())
         self._lock_step = lock_step
         self._held: list[Message] = []
@@ -91,18 +102,34 @@ class StreamSource:
         """See `DataSource`. In lock-step the next batch is asked for here, with the weights of this step."""
         while self._held:
             self._server.release(self._held.pop(), self._publisher.publish())
-        message = self._server.take(timeout_s)
-        if message is None:
-            return None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._answer_actors()
+            message = self._server.take(max(0.0, deadline - time.monotonic()))
+            if message is not None:
+                break
+            if time.monotonic() >= deadline:
+                return None
         batch = self._accept(message)
         if batch is None:
             self._release(message)
             return None
-        return FreshBatch(batch.to(self._like.device), message.policy_version, message)
+        kind = self._kinds.get(message.sender, message.sender)
+        return FreshBatch(batch.to(self._like.device), message.policy_version, kind, message)
 
     def consumed(self, batch: FreshBatch) -> None:
         assert batch.message is not None
         self._release(batch.message)
+
+    def _answer_actors(self) -> None:
+        """Give every actor that asks for replayed states what there is, at once: its batch waits for them."""
+        for request in self._server.seed_requests():
+            if request.from_actor:
+                terminal, log_reward = self._draw_replayed(request.n) or self._nothing()
+                self._server.send_seeds(request, terminal.cpu(), log_reward.cpu(), self._publisher.version)
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        return torch.empty(0, self._policy.dim), torch.empty(0)
 
     def _release(self, message: Message) -> None:
         """Let its sender make another batch: at once, or in lock-step when the learner next asks for one."""
@@ -122,6 +149,8 @@ class StreamSource:
 
     def offer_seeds(self, draw: DrawSeeds, step: int) -> bool:
         for request in self._server.seed_requests():
+            if request.from_actor:
+                continue
             seeds = draw(request.n)
             if seeds is not None:
                 terminal, log_reward = seeds
@@ -197,7 +226,7 @@ class LocalSource:
     `--sync` for off-policy runs, and on-policy training for methods that train on their own rollouts.
     """
 
-    def __init__(self, actors: list[ExplorationActor], refiners: list[Refiner]) -> None:
+    def __init__(self, actors: list[Actor], refiners: list[Refiner]) -> None:
         self._actors = actors
         self._refiners = refiners
         targets = [actor.target for actor in actors] + [refiner.target for refiner in refiners]
@@ -210,7 +239,7 @@ class LocalSource:
         actor = self._actors[self._turn % len(self._actors)]
         self._turn += 1
         trajectories = actor.generate(progress)
-        return FreshBatch(trajectories, step) if len(trajectories) else None
+        return FreshBatch(trajectories, step, actor.kind) if len(trajectories) else None
 
     def consumed(self, batch: FreshBatch) -> None:
         del batch
@@ -223,11 +252,11 @@ class LocalSource:
         if not self._refiners:
             return False
         refiner = self._refiners[self._cycle % len(self._refiners)]
-        seeds = draw(refiner.config.chains)
+        seeds = draw(refiner.chains)
         if seeds is None:
             return False
         self._cycle += 1
-        refinement = refiner.refine(seeds[0].to(refiner.generator.device))
+        refinement = refiner.run_cycle(seeds[0].to(refiner.generator.device))
         self._refined.append((refinement.terminal, refinement.log_reward))
         return True
 

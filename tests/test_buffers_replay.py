@@ -129,7 +129,7 @@ def test_taking_the_state_does_not_change_the_draws() -> None:
     ("field", "value"),
     [
         ("capacity", 0),
-        ("prioritization", "loss"),
+        ("prioritization", "reward"),
         ("rank_k", 0.0),
         ("ratio", -1.0),
         ("source", "actors"),

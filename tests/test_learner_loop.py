@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftstream.actors.actor import ExplorationActor, as_message
+from driftstream.actors.actor import Actor, as_message
 from driftstream.actors.policy import PolicyConfig
 from driftstream.actors.refiner import RefinerConfig
 from driftstream.buffers.channels import StreamClient, StreamConfig, StreamServer
 from driftstream.buffers.replay import ReplayConfig
 from driftstream.launch.config import RunConfig, resolve
 from driftstream.launch.methods import load_method
-from driftstream.launch.roles import build_actor, build_learner, build_refiner
+from driftstream.launch.roles import build_learner, build_local_actors, build_refiner
 from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer
 from driftstream.learner.learner import Learner, LearnerConfig
 from driftstream.learner.limits import Budget, LimitsConfig
@@ -40,12 +40,13 @@ class Undefined(Target):
 """
 
 
-def make(target: str = "gmm25", **changes: object) -> tuple[Learner, ExplorationActor]:
+def make(target: str = "gmm25", **changes: object) -> tuple[Learner, Actor]:
     config = RunConfig(target=target, learner=LearnerConfig(batch_size=BATCH, report_every_s=1e-6))
     config = replace(config, policy=PolicyConfig(hidden=8, harmonics=4), **changes)
     config = resolve(replace(config, grid=replace(config.grid, sampling_steps=STEPS)))
     learner = build_learner(config, seed=1)
-    return learner, build_actor(config, 2, learner.policy)
+    (actor,) = build_local_actors(config, learner, [2])
+    return learner, actor
 
 
 def run(learner: Learner, source: DataSource, limits: LimitsConfig, run_dir: Path) -> tuple[str, list[dict]]:
@@ -117,7 +118,7 @@ def stream(learner: Learner, tmp_path: Path, produces: str = "trajectories", cre
 
     publisher.publish()
     try:
-        yield StreamSource(server, publisher, learner.policy, lock_step=False), send, server
+        yield StreamSource(server, publisher, learner.policy, False, {}, learner.draw_replayed), send, server
     finally:
         client.close()
         server.close()
@@ -274,7 +275,7 @@ def test_what_is_trained_on_replay_alone_gets_as_many_cycles_as_it_needs(tmp_pat
     )
     config = resolve(config)
     learner = build_learner(config, seed=1)
-    source = LocalSource([build_actor(config, 2, learner.policy)], [build_refiner(config, 3)])
+    source = LocalSource(build_local_actors(config, learner, [2]), [build_refiner(config, 3)])
     assert run(learner, source, LimitsConfig(steps=10), tmp_path)[0] == "steps"
 
 

@@ -30,7 +30,7 @@ def test_in_lock_step_the_next_batch_is_made_with_the_weights_of_the_step_that_a
         StreamServer(endpoint, stream, max_outstanding=1) as server,
         StreamClient(endpoint, "actor-0", 0, stream) as actor,
     ):
-        source = StreamSource(server, publisher, learner.policy, lock_step=True)
+        source = StreamSource(server, publisher, learner.policy, True, {}, learner.draw_replayed)
         assert actor.wait_for_credit(WAIT_S) == 0
         tensors = {"states": torch.zeros(rows, 6, 2), "times": uniform_grid(5), "log_reward": torch.zeros(rows)}
         actor.send("trajectories", tensors, policy_version=0, counters={"energy_evaluations": 4})
