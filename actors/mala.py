@@ -4,7 +4,8 @@ Source: Roberts & Tweedie 1996; Sendera et al. 2024 (arXiv 2402.05098), algorith
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -95,6 +96,30 @@ def mala_init(x: Tensor, target: Target | CountedTarget) -> MalaState:
     return MalaState(x, log_reward, score)
 
 
+def finite_chains(seeds: Tensor, target: Target | CountedTarget) -> MalaState:
+    """State of chains from those of `seeds [C, D]` whose log reward is finite."""
+    state = mala_init(seeds, target)
+    finite = state.log_reward.isfinite()
+    return MalaState(state.x[finite], state.log_reward[finite], state.score[finite])
+
+
+def metropolis(
+    state: MalaState, proposal: MalaState, log_accept: Tensor, generator: torch.Generator | None = None
+) -> tuple[MalaState, MalaInfo]:
+    """Move every chain to its proposal with probability exp(log_accept [C])."""
+    uniform = torch.rand(log_accept.shape, generator=generator, device=log_accept.device, dtype=log_accept.dtype)
+    accepted = uniform.log_() < log_accept
+    moved = accepted.unsqueeze(-1)
+    return (
+        MalaState(
+            torch.where(moved, proposal.x, state.x),
+            torch.where(accepted, proposal.log_reward, state.log_reward),
+            torch.where(moved, proposal.score, state.score),
+        ),
+        MalaInfo(accepted, float(accepted.float().mean())),
+    )
+
+
 def mala_step(
     state: MalaState,
     target: Target | CountedTarget,
@@ -108,17 +133,7 @@ def mala_step(
     proposal = mala_proposal(x, state.score, step_size, noise)
     log_reward, score = target.log_reward_and_score(proposal)
     log_accept = mala_log_accept(x, state.log_reward, state.score, proposal, log_reward, score, step_size, beta)
-    uniform = torch.rand(log_accept.shape, generator=generator, device=x.device, dtype=x.dtype)
-    accepted = uniform.log_() < log_accept
-    moved = accepted.unsqueeze(-1)
-    return (
-        MalaState(
-            torch.where(moved, proposal, x),
-            torch.where(accepted, log_reward, state.log_reward),
-            torch.where(moved, score, state.score),
-        ),
-        MalaInfo(accepted, float(accepted.float().mean())),
-    )
+    return metropolis(state, MalaState(proposal, log_reward, score), log_accept, generator)
 
 
 def adapt_step_size(step_size: float, acceptance_rate: float, target_acceptance: float) -> float:
@@ -136,6 +151,15 @@ class Refinement:
     acceptance_rate: float
 
 
+def gather(
+    seeds: Tensor, kept: Sequence[tuple[Tensor, Tensor]], step_size: float, rates: Sequence[float]
+) -> Refinement:
+    """The cycle's outcome from pieces `(x [n, D], log_reward [n])` and acceptance rates; empty without any."""
+    terminal = torch.cat([seeds[:0], *(x for x, _ in kept)])
+    log_reward = torch.cat([seeds.new_empty(0), *(values for _, values in kept)])
+    return Refinement(terminal, log_reward, step_size, sum(rates) / max(len(rates), 1))
+
+
 @torch.no_grad()
 def run_mala(
     seeds: Tensor,
@@ -151,27 +175,14 @@ def run_mala(
     come from a kernel that leaves the target invariant.
     """
     step_size = config.initial_step_size if step_size is None else step_size
-    state = mala_init(seeds, target)
-    finite = state.log_reward.isfinite()
-    if not bool(finite.all()):
-        state = MalaState(state.x[finite], state.log_reward[finite], state.score[finite])
-    kept: list[Tensor] = []
-    kept_log_reward: list[Tensor] = []
-    rates = []
+    state = finite_chains(seeds, target)
+    kept: list[tuple[Tensor, Tensor]] = []
+    rates: list[float] = []
     for step in range(config.mcmc_steps if len(state.x) else 0):
         state, info = mala_step(state, target, step_size, config.beta, generator)
         if step < config.burn_in:
             step_size = adapt_step_size(step_size, info.acceptance_rate, config.target_acceptance)
         else:
             rates.append(info.acceptance_rate)
-            kept.append(state.x[info.accepted])
-            kept_log_reward.append(state.log_reward[info.accepted])
-    empty = Refinement(seeds[:0], seeds.new_empty(0), step_size, 0.0)
-    if not kept:
-        return empty
-    return replace(
-        empty,
-        terminal=torch.cat(kept),
-        log_reward=torch.cat(kept_log_reward),
-        acceptance_rate=sum(rates) / len(rates),
-    )
+            kept.append((state.x[info.accepted], state.log_reward[info.accepted]))
+    return gather(seeds, kept, step_size, rates)

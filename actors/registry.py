@@ -17,6 +17,9 @@ ACTORS = {
 }
 REFINERS = {
     "mala": "driftstream.actors.refiner:MalaRefiner",
+    "hmc": "driftstream.actors.hmc:HmcRefiner",
+    "annealed": "driftstream.actors.annealed:AnnealedRefiner",
+    "tempering": "driftstream.actors.tempering:TemperingRefiner",
 }
 ACTOR_GROUP, REFINER_GROUP = "driftstream.actors", "driftstream.refiners"
 
