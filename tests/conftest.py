@@ -1,18 +1,30 @@
 """Fixtures shared by the whole suite."""
 
 import json
+import os
 import signal
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from wandb.proto import wandb_internal_pb2
 
 GOLDEN = Path(__file__).parent / "golden"
+DRIFTSTREAM = str(Path(sys.executable).with_name("driftstream"))
+SMALL = [
+    *("--sampling-steps", "10", "--policy.hidden", "16", "--learner.batch-size", "50"),
+    *("--refiner.mala.chains", "50", "--refiner.mala.mcmc-steps", "40", "--refiner.mala.burn-in", "20"),
+    *("--refiner.every", "20", "--eval.samples", "100", "--eval.w2-samples", "100", "--eval.every-s", "1"),
+    *("--replay.minimum", "50", "--checkpoint.every-s", "2"),
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,3 +91,73 @@ def _read_wandb(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any], di
 def read_wandb() -> Callable[[Path], tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], Any]]:
     """Reader of a run directory's offline W&B run: history rows, configuration, summary, run record."""
     return _read_wandb
+
+
+def processes(root: Path) -> dict[str, int]:
+    """Every live process of a run by its name, as its title has it."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or []).split()
+        if len(words) == 3 and words[0] == "driftstream" and words[2] == str(root):
+            found[words[1]] = process.pid
+    return found
+
+
+class Training:
+    """One `driftstream train` with its output and the time of each line."""
+
+    def __init__(self, root: Path, *arguments: str) -> None:
+        self.root = root
+        self.output = root.with_suffix(".txt")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self.output.open("wb") as file:
+            self.process = subprocess.Popen(
+                [DRIFTSTREAM, "train", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+        end = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < end, f"waited in vain; output:\n{self.text()}"
+            assert self.process.poll() is None, f"ended early; output:\n{self.text()}"
+            time.sleep(0.02)
+        return value
+
+    def processes(self) -> dict[str, int]:
+        """Every live process of the run by its name."""
+        return processes(self.root)
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.root / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def step(self) -> int:
+        return max((row["step"] for row in self.rows()), default=0)
+
+    def end(self, seconds: float = 120.0) -> int:
+        code = self.process.wait(seconds)
+        time.sleep(0.2)
+        assert processes(self.root) == {}
+        return code
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., Training]]:
+    """Starts small training runs, `train(*arguments)` with "{root}" for the run directory; none is left behind."""
+    started: list[Training] = []
+
+    def start(*arguments: str, root: Path | None = None, wandb: str = "disabled") -> Training:
+        root = root or tmp_path / f"run{len(started)}"
+        given = [argument.replace("{root}", str(root)) for argument in arguments]
+        started.append(Training(root, *given, *SMALL, "--wandb", wandb))
+        return started[-1]
+
+    yield start
+    for training in started:
+        if training.process.poll() is None:
+            for pid in (training.process.pid, *processes(training.root).values()):
+                os.kill(pid, signal.SIGKILL)
+            training.process.wait(10)

@@ -5,96 +5,25 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from driftstream.learner.checkpoint import checkpoint_paths
 
 pytestmark = pytest.mark.timeout(240)
 COMMAND = str(Path(sys.executable).with_name("driftstream"))
-SMALL = [
-    *("--sampling-steps", "10", "--policy.hidden", "16", "--learner.batch-size", "50"),
-    *("--refiner.mala.chains", "50", "--refiner.mala.mcmc-steps", "40", "--refiner.mala.burn-in", "20"),
-    *("--refiner.every", "20", "--eval.samples", "100", "--eval.w2-samples", "100", "--eval.every-s", "1"),
-    *("--replay.minimum", "50", "--checkpoint.every-s", "2", "--wandb", "disabled"),
-]
+Train = Callable[..., Any]
 WandbRun = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], Any]
 
 
-def processes(root: Path) -> dict[str, int]:
-    """Every live process of a run by its name, as its title has it."""
-    found = {}
-    for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or []).split()
-        if len(words) == 3 and words[0] == "driftstream" and words[2] == str(root):
-            found[words[1]] = process.pid
-    return found
-
-
-class Training:
-    """One `driftstream train` with its output and the time of each line."""
-
-    def __init__(self, root: Path, *arguments: str) -> None:
-        self.root = root
-        self.output = root.with_suffix(".txt")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with self.output.open("wb") as file:
-            self.process = subprocess.Popen(
-                [COMMAND, "train", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
-            )
-
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-        end = time.monotonic() + seconds
-        while not (value := condition()):
-            assert time.monotonic() < end, f"waited in vain; output:\n{self.text()}"
-            assert self.process.poll() is None, f"ended early; output:\n{self.text()}"
-            time.sleep(0.02)
-        return value
-
-    def text(self) -> str:
-        return self.output.read_text()
-
-    def rows(self) -> list[dict[str, Any]]:
-        path = self.root / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def step(self) -> int:
-        return max((row["step"] for row in self.rows()), default=0)
-
-    def end(self, seconds: float = 120.0) -> int:
-        code = self.process.wait(seconds)
-        time.sleep(0.2)
-        assert processes(self.root) == {}
-        return code
-
-
-@pytest.fixture
-def train(tmp_path: Path) -> Iterator[Callable[..., Training]]:
-    started: list[Training] = []
-
-    def start(*arguments: str, root: Path | None = None) -> Training:
-        root = root or tmp_path / f"run{len(started)}"
-        started.append(Training(root, *(argument.replace("{root}", str(root)) for argument in arguments)))
-        return started[-1]
-
-    yield start
-    for training in started:
-        if training.process.poll() is None:
-            for pid in (training.process.pid, *processes(training.root).values()):
-                os.kill(pid, signal.SIGKILL)
-            training.process.wait(10)
-
-
 def test_a_run_ends_with_results_plots_and_the_same_figures_everywhere(
-    train: Callable[..., Training], tmp_path: Path, read_wandb: Callable[[Path], WandbRun]
+    train: Train, tmp_path: Path, read_wandb: Callable[[Path], WandbRun]
 ) -> None:
     root = tmp_path / "run"
-    training = train("gmm25", *SMALL[:-2], "--wandb", "offline", "--minutes", "0.2", "--out", str(root), root=root)
+    training = train("gmm25", "--minutes", "0.2", "--out", str(root), root=root, wandb="offline")
     assert training.end() == 0, training.text()
     results = json.loads((root / "results.json").read_text())
     rows = training.rows()
@@ -136,22 +65,22 @@ def test_a_run_ends_with_results_plots_and_the_same_figures_everywhere(
     assert json.loads(output)["eval/log_z_lower_bound"] == pytest.approx(results["eval/log_z_lower_bound"])
 
 
-def test_killed_roles_are_reported_and_replaced_and_the_run_ends_as_usual(train: Callable[..., Training]) -> None:
-    training = train("gmm25", *SMALL, "--minutes", "0.4", "--out", "{root}")
+def test_killed_roles_are_reported_and_replaced_and_the_run_ends_as_usual(train: Train) -> None:
+    training = train("gmm25", "--minutes", "0.4", "--out", "{root}")
     training.wait_for(lambda: training.step() > 0)
     for name in ("actor-0", "refiner-0", "evaluator"):
-        pid = processes(training.root)[name]
+        pid = training.processes()[name]
         os.kill(pid, signal.SIGKILL)
         training.wait_for(lambda name=name: f"{name} ended: killed by SIGKILL" in training.text(), 5)
-        training.wait_for(lambda name=name, pid=pid: processes(training.root).get(name, pid) != pid, 10)
+        training.wait_for(lambda name=name, pid=pid: training.processes().get(name, pid) != pid, 10)
     assert training.end() == 0, training.text()
     assert (training.root / "results.json").exists()
 
 
-def test_a_killed_learner_ends_the_run_which_resumes_at_its_last_checkpoint(train: Callable[..., Training]) -> None:
-    training = train("gmm25", *SMALL, "--minutes", "5", "--out", "{root}")
+def test_a_killed_learner_ends_the_run_which_resumes_at_its_last_checkpoint(train: Train) -> None:
+    training = train("gmm25", "--minutes", "5", "--out", "{root}")
     training.wait_for(lambda: checkpoint_paths(training.root / "checkpoints"))
-    os.kill(processes(training.root)["learner"], signal.SIGKILL)
+    os.kill(training.processes()["learner"], signal.SIGKILL)
     assert training.end(20) == 1
     assert training.text().splitlines()[-1].endswith(f"driftstream train --resume {training.root}")
     step = int(checkpoint_paths(training.root / "checkpoints")[-1].name.removeprefix("step-"))
@@ -161,8 +90,8 @@ def test_a_killed_learner_ends_the_run_which_resumes_at_its_last_checkpoint(trai
     assert checkpoint_paths(training.root / "checkpoints")[-1].name == f"step-{step + 50}"
 
 
-def test_interrupt_drains_and_checkpoints(train: Callable[..., Training]) -> None:
-    training = train("gmm25", *SMALL, "--minutes", "5", "--checkpoint.every-s", "1000", "--out", "{root}")
+def test_interrupt_drains_and_checkpoints(train: Train) -> None:
+    training = train("gmm25", "--minutes", "5", "--checkpoint.every-s", "1000", "--out", "{root}")
     training.wait_for(lambda: training.step() > 0)
     training.process.send_signal(signal.SIGINT)
     assert training.end(12) == 130
@@ -201,25 +130,25 @@ class Broken(Target):
 """
 
 
-def test_undefined_rewards_are_counted_and_the_run_goes_on(train: Callable[..., Training], tmp_path: Path) -> None:
+def test_undefined_rewards_are_counted_and_the_run_goes_on(train: Train, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(BROKEN)
-    training = train(f"{tmp_path}/mine.py:Undefined", *SMALL, "--steps", "100", "--out", "{root}")
+    training = train(f"{tmp_path}/mine.py:Undefined", "--steps", "100", "--out", "{root}")
     assert training.end() == 0, training.text()
     assert max(row.get("stream/rejected", 0) for row in training.rows()) > 0
 
 
-def test_a_target_that_is_never_defined_ends_the_run_by_name(train: Callable[..., Training], tmp_path: Path) -> None:
+def test_a_target_that_is_never_defined_ends_the_run_by_name(train: Train, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(BROKEN)
-    training = train(f"{tmp_path}/mine.py:NeverDefined", *SMALL, "--minutes", "5", "--out", "{root}")
+    training = train(f"{tmp_path}/mine.py:NeverDefined", "--minutes", "5", "--out", "{root}")
     assert training.end() == 1
     last = training.text().splitlines()[-1]
     assert "target 'never-defined': every trajectory has an undefined log reward" in last
 
 
-def test_a_target_that_raises_ends_the_run_by_name(train: Callable[..., Training], tmp_path: Path) -> None:
+def test_a_target_that_raises_ends_the_run_by_name(train: Train, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(BROKEN)
-    training = train(f"{tmp_path}/mine.py:Broken", *SMALL, "--minutes", "5", "--out", "{root}")
-    training.wait_for(lambda: processes(training.root))
+    training = train(f"{tmp_path}/mine.py:Broken", "--minutes", "5", "--out", "{root}")
+    training.wait_for(lambda: training.processes())
     assert training.end(30) == 1
     last = training.text().splitlines()[-1]
     assert "target 'broken' raised RuntimeError: the simulator is not licensed" in last
@@ -227,9 +156,9 @@ def test_a_target_that_raises_ends_the_run_by_name(train: Callable[..., Training
 
 
 @pytest.mark.parametrize(("bound", "actors"), [(0, 1), (4, 3)])
-def test_staleness_is_bounded_by_pacing(train: Callable[..., Training], bound: int, actors: int) -> None:
+def test_staleness_is_bounded_by_pacing(train: Train, bound: int, actors: int) -> None:
     flags = ["--stream.max-staleness", str(bound), "--actors", str(actors)]
-    training = train("gmm25", *SMALL, *flags, "--steps", "300", "--out", "{root}")
+    training = train("gmm25", *flags, "--steps", "300", "--out", "{root}")
     assert training.end() == 0, training.text()
     staleness = [row["stream/staleness_max"] for row in training.rows() if "stream/staleness_max" in row]
     assert staleness
