@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from driftstream.buffers.replay import ReplayConfig, TerminalReplay
+from driftstream.buffers.samplers import rank_probabilities
 from driftstream.envs.errors import ConfigError
 
 DIM = 3
@@ -140,3 +141,40 @@ def test_taking_the_state_does_not_change_the_draws() -> None:
 def test_bad_configuration_is_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^replay.{field} = "):
         replace(ReplayConfig(), **{field: value})  # type: ignore[arg-type]
+
+
+def test_replay_by_loss_draws_what_was_learned_worst() -> None:
+    replay = TerminalReplay(1, ReplayConfig(prioritization="loss"), generator=torch.Generator().manual_seed(0))
+    states = torch.arange(1000.0).unsqueeze(1)
+    replay.add(states, torch.zeros(1000), states.squeeze(1))
+    terminal, _ = replay.sample(2000)
+    ranks = rank_probabilities(torch.arange(1000.0), 0.01).float()
+    assert float(terminal.mean()) == pytest.approx(float(ranks @ torch.arange(1000.0)), rel=0.03)
+    # What was drawn is learned now, the rest comes first.
+    replay.update_priority(-torch.ones(2000))
+    again, _ = replay.sample(2000)
+    assert not set(again.flatten().tolist()[:50]) >= set(terminal.flatten().tolist()[:50])
+    assert len(replay) == 1000
+
+
+def test_states_of_unknown_loss_come_first_and_survive_a_checkpoint() -> None:
+    config = ReplayConfig(prioritization="loss", rank_k=1e-4)
+    replay = TerminalReplay(1, config, generator=torch.Generator().manual_seed(0))
+    replay.add(torch.zeros(500, 1), torch.zeros(500), torch.full((500,), 7.0))
+    replay.add(torch.ones(3, 1), torch.zeros(3))
+    copy = TerminalReplay(1, config, generator=torch.Generator())
+    copy.load_state_dict(replay.state_dict())
+    first, second = replay.sample(200)[0], copy.sample(200)[0]
+    assert torch.equal(first, second)
+    assert float(first.mean()) > 0.5
+
+
+def test_priorities_are_of_the_last_draw() -> None:
+    replay = TerminalReplay(1, ReplayConfig(prioritization="loss"))
+    replay.add(torch.zeros(5, 1), torch.zeros(5))
+    with pytest.raises(RuntimeError, match="last draw"):
+        replay.update_priority(torch.ones(3))
+    replay.sample(3)
+    replay.update_priority(torch.ones(3))
+    with pytest.raises(RuntimeError, match="last draw"):
+        replay.update_priority(torch.ones(3))
