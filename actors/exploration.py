@@ -39,13 +39,10 @@ class ExplorationActor:
 
 
 class TeacherActor(ExplorationActor):
-    """Rolls the teacher out, which is trained to end where the student's residuals are large.
+    """Rolls the teacher out, which is trained to end where the student's residuals are large; with the same noise.
 
     Source: Kim et al. 2024 (adaptive teachers, arXiv 2410.01432).
     """
-
-    def exploration_std(self, context: ActorContext) -> float:
-        return 0.0
 
     def behaviour(self, context: ActorContext) -> DiffusionPolicy:
         if context.teacher is None:
