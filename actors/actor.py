@@ -109,6 +109,8 @@ class Actor:
             raise PluginError(f"actor {self.kind}: generate returned {kind}: expected a TensorDict of trajectories")
         try:
             validate_trajectories(batch, self.policy.dim, finite=() if self._own_code else ("states", "scores"))
+            if len(batch) > self.context.batch_size:
+                raise TrajectoryError(f"{len(batch)} trajectories: expected at most {self.context.batch_size}")
             if ("scores" in batch) != self.policy.langevin:
                 raise TrajectoryError("'scores' are for policies with policy.langevin, and needed there")
         except TrajectoryError as error:

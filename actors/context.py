@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy
-from driftstream.actors.rollout import rollout, rollout_backward
+from driftstream.actors.rollout import roll_forward, rollout, rollout_backward
 from driftstream.envs.errors import require
 from driftstream.envs.grids import GridConfig, make_grid
 from driftstream.envs.processes import DiffusionProcess
@@ -94,6 +94,23 @@ class ActorContext:
             exploration_std=exploration_std,
             generator=self.generator,
         )
+
+    def sample_prior(self) -> Tensor:
+        """States `[B, D]` at which a batch of rollouts starts."""
+        generator = self.generator
+        return self.process.sample_prior(self.batch_size, self.policy.dim, generator, generator.device)
+
+    def roll_forward(
+        self,
+        start: Tensor,
+        times: Tensor,
+        exploration_std: float = 0.0,
+        drift_scale: float = 1.0,
+        noise_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The student's paths from `start [B, D]` at `times[0]`, of any grid: `rollout.roll_forward`."""
+        scales = (exploration_std, drift_scale, noise_scale)
+        return roll_forward(self.policy, self.process, self.target, start, times, *scales, self.generator)
 
     def paths_to(self, terminal: Tensor, log_reward: Tensor | None = None, times: Tensor | None = None) -> TensorDict:
         """Trajectories of P_B that end in `terminal [B, D]`; the target is asked for log rewards not given."""

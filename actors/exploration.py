@@ -25,6 +25,13 @@ class ExplorationActor:
     def __init__(self, options: Any = None) -> None:
         self.options = options
 
+    def state(self) -> dict[str, float]:
+        """Numbers that adapt from batch to batch, with which a resumed `--sync` run goes on exactly."""
+        return {}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Go on from `state`."""
+
     def exploration_std(self, context: ActorContext) -> float:
         """Rate of the extra noise: a step's variance gains its square times dt."""
         return context.exploration.std_at(context.progress)

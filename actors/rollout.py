@@ -36,20 +36,47 @@ def rollout(
         Trajectories (`envs.trajectory`) with batch size `[B]`; `scores [B, T, D]` at the start of every step are
         there when the policy uses them, so that the learner need not evaluate the target again. No gradient.
     """
-    sampling_steps, dim = len(times) - 1, policy.dim
+    start = process.sample_prior(batch_size, policy.dim, generator, times.device, times.dtype)
+    states, scores = roll_forward(policy, process, target, start, times, exploration_std, generator=generator)
+    return make_trajectories(states, times, target.log_reward(states[:, -1]), scores=scores)
+
+
+@torch.no_grad()
+def roll_forward(
+    policy: DiffusionPolicy,
+    process: DiffusionProcess,
+    target: Target | CountedTarget,
+    start: Tensor,
+    times: Tensor,
+    exploration_std: float = 0.0,
+    drift_scale: float = 1.0,
+    noise_scale: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Paths of the policy from `start [B, D]` at `times[0]`, of any grid, to `times[-1]`.
+
+    Its drift and the variance of its noise are multiplied by `drift_scale` and `noise_scale`; extra noise is not.
+
+    Returns:
+        States `[B, L+1, D]` for times `[L+1]`, and the scores `[B, L, D]` at the start of every step where the policy
+        uses them, else None. Log rewards are not evaluated. No gradient.
+    """
+    sampling_steps, (batch_size, dim) = len(times) - 1, start.shape
     embedding = policy.embed_times(times[:-1])
     states = times.new_empty(batch_size, sampling_steps + 1, dim)
     scores = times.new_empty(batch_size, sampling_steps, dim) if policy.langevin else None
-    x = states[:, 0] = process.sample_prior(batch_size, dim, generator, times.device, times.dtype)
+    x = states[:, 0] = start
     for n, step in enumerate(process.steps(times)):
         score = None
         if scores is not None:
             score = scores[:, n] = target.score(x)
         drift, log_var = policy(x, embedding[n], score)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if (drift_scale, noise_scale) != (1.0, 1.0):
+            drift, step = drift_scale * drift, step._replace(variance=noise_scale * step.variance)
         x = process.step(x, drift, step, noise, log_var=log_var, extra_variance=exploration_std**2)
         states[:, n + 1] = x
-    return make_trajectories(states, times, target.log_reward(x), scores=scores)
+    return states, scores
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ class TargetError(RuntimeError):
 
 
 class PluginError(RuntimeError):
-    """A plug-in (actor, refiner) raised, or returned something that does not follow its interface."""
+    """A plug-in (actor, refiner, objective) raised, or returned something that does not follow its interface."""
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 from driftstream.envs.errors import ConfigError, TargetError, require
-from driftstream.envs.registry import Registry, load_object
+from driftstream.envs.plugins import installed, load_plugin, plugin_origin
+from driftstream.envs.registry import Registry
 from driftstream.envs.targets_base import CountedTarget, Target, unwrap
 from driftstream.envs.targets_funnel import easy_funnel, funnel
 from driftstream.envs.targets_gmm import gmm9, gmm25
 from driftstream.envs.targets_manywell import ManyWell
 
-__all__ = ["TARGETS", "CountedTarget", "Target", "make_target", "target_names", "unwrap"]
+__all__ = ["TARGETS", "CountedTarget", "Target", "make_target", "target_names", "target_origin", "unwrap"]
+
+TARGET_GROUP = "driftstream.targets"
+"""Entry points of installed distributions."""
 
 TARGETS: Registry[Callable[..., Target]] = Registry("target")
 TARGETS.register("gmm9")(gmm9)
@@ -22,14 +26,18 @@ TARGETS.register("manywell")(ManyWell)
 
 
 def make_target(name: str, /, **options: Any) -> Target:
-    """A target by its registered name, or by "package.module:Attr" or "path/file.py:Attr".
+    """A target by its registered name, an entry point's, or by "package.module:Attr" or "path/file.py:Attr".
 
     Attr is a Target subclass or a function that returns a Target; both are called with the options. Raises
     ConfigError for an unknown name or option or a value that is not allowed, TargetError where the target's
     own code raises.
     """
     expected = "a Target subclass or a function that returns a Target"
-    factory = load_object(name, "target") if ":" in name else TARGETS.get(name)
+    built_in = TARGETS.names()
+    if name in built_in:
+        factory = TARGETS.get(name)
+    else:
+        factory = load_plugin(name, TARGET_GROUP, built_in, "target", "path/file.py:Class")
     require(callable(factory), "target", name, expected)
     _check_options(name, factory, options)
     try:
@@ -46,8 +54,13 @@ def make_target(name: str, /, **options: Any) -> Target:
 
 
 def target_names() -> list[str]:
-    """The registered names, sorted."""
-    return TARGETS.names()
+    """Names of the targets that are registered or installed, sorted."""
+    return sorted({*TARGETS.names(), *installed(TARGET_GROUP)})
+
+
+def target_origin(name: str) -> str:
+    """Where a target comes from: "built in", a distribution, or a file or module."""
+    return plugin_origin(name, TARGET_GROUP, TARGETS.names())
 
 
 def _check_options(name: str, factory: Callable[..., Target], options: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
-"""The command line: `driftstream train|sample|eval|list|bench`. Only what a command needs is imported."""
+"""The command line: `driftstream train|sample|eval|list|new|check|bench`. Only what a command needs is imported."""
 
 import sys
 from collections.abc import Sequence
 
 from driftstream.launch.flags import (
     BenchFlags,
+    CheckFlags,
     EvalFlags,
     ListFlags,
+    NewFlags,
     SampleFlags,
     UsageError,
     answer,
@@ -24,12 +26,14 @@ Train diffusion samplers for densities known up to their normaliser.
   driftstream eval RUN                        how good it is, and how far to trust it
   driftstream list targets                    what there is to sample
   driftstream list methods                    how there is to train
+  driftstream new actor my_actor.py           an actor to start from; also refiner, target, preset
+  driftstream check my_actor.py:MyActor       whether it does what a run expects
   driftstream bench gradients                 how noisy the objectives' gradients are
   driftstream bench objectives                what the objectives cost
 
 `driftstream COMMAND --help` lists a command's flags.
 """
-COMMANDS = ("train", "sample", "eval", "list", "bench")
+COMMANDS = ("train", "sample", "eval", "list", "new", "check", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +67,15 @@ def _run(command: str, arguments: list[str], prog: str) -> int:
         from driftstream.launch import commands
 
         return commands.show_list(what)
+    if command == "new":
+        from driftstream.launch import new
+
+        return new.new(parse(NewFlags, arguments, prog))
+    if command == "check":
+        plugin = parse(CheckFlags, arguments, prog)
+        from driftstream.launch import check
+
+        return check.check(plugin)
     if command == "bench":
         measure = parse(BenchFlags, arguments, prog)
         from driftstream.launch import bench

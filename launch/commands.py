@@ -11,15 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from driftstream.envs.targets import make_target, target_names
 from driftstream.eval.evaluation import draw
 from driftstream.eval.evaluator import Evaluator
 from driftstream.eval.monitor import json_safe
 from driftstream.eval.sampling_steps import plot_sampling_steps, sweep_sampling_steps
 from driftstream.launch.config import RunConfig, from_toml
-from driftstream.launch.describe import describe_data, describe_objective, describe_policy
 from driftstream.launch.flags import CommandError, EvalFlags, ListFlags, SampleFlags, UsageError
-from driftstream.launch.methods import load_method, method_names
+from driftstream.launch.listing import list_table
 from driftstream.launch.progress import evaluation_rows, results_table
 from driftstream.launch.roles import build_evaluator
 from driftstream.launch.run_directory import RunDirectory
@@ -105,28 +103,10 @@ def _title(run: Path, position: dict[str, float]) -> str:
 
 
 def show_list(flags: ListFlags) -> int:
-    """List the targets or the methods."""
-    table = Table(box=None, pad_edge=False)
-    if flags.what == "targets":
-        for heading in ("target", "dim", "log Z", "exact samples"):
-            table.add_column(heading)
-        for name in target_names():
-            target = make_target(name)
-            log_z = "unknown" if target.log_z is None else f"{target.log_z:.4f}"
-            exact = "no" if target.sample(1) is None else "yes"
-            table.add_row(name, str(target.dim), log_z, exact)
-    else:
-        table.add_column("method", no_wrap=True)
-        for heading in ("objective", "data", "policy", "source"):
-            table.add_column(heading)
-        for name in method_names():
-            method = load_method(name)
-            config = method.config
-            words = (describe_objective(config), describe_data(config), describe_policy(config))
-            table.add_row(name, *words, method.source)
+    """List the targets, methods, actors, refiners or objectives."""
     console = Console()
     # A pipe has no width of its own, and five columns need more than the 80 that it would get.
-    (console if console.is_terminal else Console(width=120)).print(table)
+    (console if console.is_terminal else Console(width=120)).print(list_table(flags.what))
     return 0
 
 

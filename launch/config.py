@@ -3,8 +3,8 @@
 import dataclasses
 import difflib
 import tomllib
-import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,18 @@ import tomli_w
 
 from driftstream.actors.actor import ActorConfig
 from driftstream.actors.context import ExplorationConfig
+from driftstream.actors.exploration import ExplorationActor
 from driftstream.actors.kinds import Option, settle_kinds, short_name
 from driftstream.actors.policy import PolicyConfig
-from driftstream.actors.refiner import RefinerConfig
-from driftstream.actors.registry import load_actor, load_refiner, make_options
+from driftstream.actors.refiner import Refiner, RefinerConfig
+from driftstream.actors.registry import load_actor, load_refiner, make_options, plain_options
 from driftstream.buffers.channels import StreamConfig
 from driftstream.buffers.replay import ReplayConfig
+from driftstream.envs.convert import convert
 from driftstream.envs.errors import ConfigError, require
 from driftstream.envs.grids import GridConfig
 from driftstream.envs.processes import ProcessConfig
+from driftstream.envs.registry import suggest
 from driftstream.envs.targets import make_target
 from driftstream.eval.evaluation import EvalConfig
 from driftstream.eval.monitor import MonitorConfig
@@ -29,6 +32,7 @@ from driftstream.launch.plan import SupervisorConfig
 from driftstream.learner.checkpoint import CheckpointConfig
 from driftstream.learner.learner import LearnerConfig
 from driftstream.learner.limits import LimitsConfig
+from driftstream.learner.objective_plugins import load_objective
 from driftstream.learner.objectives import ObjectiveConfig
 from driftstream.learner.on_policy import RolloutConfig
 from driftstream.learner.optim import OptimConfig
@@ -117,18 +121,47 @@ def resolve(config: RunConfig) -> RunConfig:
     return _check_teacher(_settle_kinds(config))
 
 
-def _settle_kinds(config: RunConfig) -> RunConfig:
-    """Counts by kind for every actor and refiner, and options for every kind that has some, all checked."""
+def settled_kinds(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """Counts by kind of the actors and of the refiners that agree with their totals; ConfigError if they cannot."""
     actor, refiner = config.actor, config.refiner
-    actors = settle_kinds(actor.kinds, actor.count, "explore", "actor")
-    refiners = settle_kinds(refiner.kinds, refiner.count, "mala", "refiner")
-    for kind in actors:
-        make_options(load_actor(kind).Options, actor.options.get(short_name(kind), {}), f"actor.options.{kind}")
-    for kind in refiners:
-        if kind != "mala":
-            values = refiner.options.get(short_name(kind), {})
-            make_options(load_refiner(kind).Options, values, f"refiner.options.{kind}")
-    return replace(config, actor=replace(actor, kinds=actors), refiner=replace(refiner, kinds=refiners))
+    return (
+        settle_kinds(actor.kinds, actor.count, "explore", "actor"),
+        settle_kinds(refiner.kinds, refiner.count, "mala", "refiner"),
+    )
+
+
+def option_classes(kinds: Mapping[str, int], role: str) -> dict[str, type | None]:
+    """The `Options` of every kind of a role ("actor" or "refiner"), by short name.
+
+    `mala` is left out: it has a table of its own. Raises ConfigError for a kind whose class is not found.
+    """
+    load: Callable[[str], type[ExplorationActor] | type[Refiner]] = load_actor if role == "actor" else load_refiner
+    return {short_name(kind): load(kind).Options for kind in kinds if (role, kind) != ("refiner", "mala")}
+
+
+def _settle_kinds(config: RunConfig) -> RunConfig:
+    """Counts by kind for every actor and refiner, and all options of every kind that has some, all checked."""
+    actors, refiners = settled_kinds(config)
+    actor = replace(config.actor, kinds=actors, options=_all_options(actors, config.actor.options, "actor"))
+    refiner = replace(config.refiner, kinds=refiners, options=_all_options(refiners, config.refiner.options, "refiner"))
+    return replace(config, actor=actor, refiner=refiner)
+
+
+def _all_options(
+    kinds: Mapping[str, int], given: Mapping[str, dict[str, Option]], role: str
+) -> dict[str, dict[str, Option]]:
+    """The options given with the defaults of the others, for every kind that has any."""
+    classes = option_classes(kinds, role)
+    for name, values in given.items():
+        allowed = f"options of a kind that runs ({', '.join(classes) or 'none has any'}){suggest(name, classes)}"
+        require(name in classes, f"{role}.options.{name}", values, allowed)
+    options: dict[str, dict[str, Option]] = {}
+    for name, options_class in classes.items():
+        field_name = f"{role}.options.{name}"
+        made = make_options(options_class, given.get(name, {}), field_name)
+        if made is not None:
+            options[name] = plain_options(made, field_name)
+    return options
 
 
 def _check_teacher(config: RunConfig) -> RunConfig:
@@ -151,6 +184,8 @@ def has_teacher(config: RunConfig) -> bool:
 def _check_objective(config: RunConfig, grid: GridConfig, policy: PolicyConfig) -> None:
     """Refuse what an objective cannot train on: ConfigError naming the field."""
     objective, flow = config.objective, policy.state_flow
+    if objective.plugin:
+        load_objective(objective.name)
     if objective.balances_flows:
         require(flow != "none", "policy.state_flow", flow, f"a flow, as objective.name = '{objective.name}'")
     else:
@@ -224,32 +259,5 @@ def from_dict(base: Any, data: dict[str, Any], prefix: str = "") -> Any:
             require(isinstance(value, dict), name, value, "a table")
             changes[key] = from_dict(current, value, f"{name}.")
         else:
-            changes[key] = _convert(hints[key], value, name)
+            changes[key] = convert(hints[key], value, name)
     return replace(base, **changes)
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the annotated type, or ConfigError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        require(value in arguments, name, value, "one of " + ", ".join(map(repr, arguments)))
-        return value
-    if origin is types.UnionType or origin is typing.Union:
-        for option in arguments:
-            try:
-                return _convert(option, value, name)
-            except ConfigError:
-                continue
-        names = [getattr(option, "__name__", str(option)) for option in arguments if option is not type(None)]
-        raise ConfigError(name, value, " or ".join(names))
-    if origin is tuple:
-        require(isinstance(value, list | tuple), name, value, "a list")
-        return tuple(_convert(arguments[0], entry, name) for entry in value)
-    if origin is dict:
-        require(isinstance(value, dict), name, value, "a table")
-        return {key: _convert(arguments[1], entry, f"{name}.{key}") for key, entry in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    exact = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    require(exact, name, value, f"a value of type {hint.__name__}")
-    return value

@@ -9,8 +9,16 @@ from typing import Any
 
 from driftstream.actors.kinds import parse_kinds
 from driftstream.envs.errors import require
-from driftstream.launch.config import RunConfig, from_dict, from_toml, resolve
-from driftstream.launch.flags import TrainFlags, UsageError, parse_known, refuse
+from driftstream.launch.config import RunConfig, from_dict, from_toml, has_teacher, resolve
+from driftstream.launch.flags import TrainFlags, UsageError, parse_known
+from driftstream.launch.kind_flags import (
+    drop_options,
+    read_kind_flags,
+    refuse_flags,
+    restore_kinds,
+    show_flags,
+    without_kinds,
+)
 from driftstream.launch.methods import load_method
 from driftstream.launch.roles import resolve_device
 from driftstream.launch.run_directory import RunDirectory
@@ -22,7 +30,7 @@ FIXED = (
     *("replay.capacity", "replay.source", "replay.prioritization"),
 )
 """Fields that the saved state of a run depends on: a resumed run keeps them."""
-FIXED_IN_SYNC = ("actor.count", "refiner.count")
+FIXED_IN_SYNC = ("actor.count", "actor.kinds", "refiner.count", "refiner.kinds")
 
 
 def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunConfig:
@@ -40,20 +48,8 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
     given_flags = {flag.split("=")[0].replace("_", "-") for flag in config_flags}
     if "--grid.times" in given_flags and "--grid.sampling-steps" not in given_flags:
         base = replace(base, grid=replace(base.grid, sampling_steps=None))
-    arguments = ["--help"] if flags.help_all else config_flags
-    config, unknown = parse_known(RunConfig, arguments, prog, default=base)
-    target = flags.target
-    if target is None and len(unknown) == 1 and not unknown[0].startswith("-"):
-        # It stood after a flag of the configuration.
-        target = unknown.pop()
-    refuse(unknown, RunConfig)
-    if resumed is None and target is None:
-        raise UsageError("name a target (`driftstream list targets` shows them all)")
-    target = target and _absolute(target)
-    if resumed is not None and target not in (None, resumed.target):
-        raise UsageError(f"the run in {flags.resume} has target {resumed.target}, not {target}")
+    config, unknown = parse_known(RunConfig, config_flags, prog, default=without_kinds(base))
     given = {
-        "target": target,
         "target_options": flags.target_options or None,
         "data": flags.data,
         "seed": flags.seed,
@@ -65,7 +61,21 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
         "monitor": {"wandb": flags.wandb},
         "limits": limits,
     }
-    config = resolve(from_dict(config, _without_none(given)))
+    config = from_dict(restore_kinds(config, base), _without_none(given))
+    config, unknown = read_kind_flags(drop_options(_placed(config), _placed(base)), unknown, prog)
+    if flags.help_all:
+        show_flags(config, prog)
+    target = flags.target
+    if target is None and len(unknown) == 1 and not unknown[0].startswith("-"):
+        # It stood after a flag of the configuration.
+        target = unknown.pop()
+    refuse_flags(unknown, config)
+    if resumed is None and target is None:
+        raise UsageError("name a target (`driftstream list targets` shows them all)")
+    target = target and _absolute(target)
+    if resumed is not None and target not in (None, resumed.target):
+        raise UsageError(f"the run in {flags.resume} has target {resumed.target}, not {target}")
+    config = resolve(config if target is None else replace(config, target=target))
     if resumed is not None:
         _check_kept(resumed, config)
     resolve_device(config.device)
@@ -78,8 +88,18 @@ def _counts(text: str | None, flag: str) -> dict[str, Any]:
         return {}
     if re.fullmatch(r"[0-9]{1,6}", text, re.ASCII):
         return {"count": int(text)}
-    kinds = {_absolute(kind): count for kind, count in parse_kinds(text, flag).items()}
+    kinds = parse_kinds(text, flag)
     return {"kinds": kinds, "count": sum(kinds.values())}
+
+
+def _placed(config: RunConfig) -> RunConfig:
+    """The configuration with every plug-in in a file at its absolute place."""
+    parts = {}
+    for role in ("actor", "refiner"):
+        part = getattr(config, role)
+        parts[role] = replace(part, kinds={_absolute(kind): count for kind, count in part.kinds.items()})
+    objective = replace(config.objective, name=_absolute(config.objective.name))
+    return replace(config, objective=objective, **parts)
 
 
 def _check_kept(before: RunConfig, config: RunConfig) -> None:
@@ -87,6 +107,8 @@ def _check_kept(before: RunConfig, config: RunConfig) -> None:
     for name in (*FIXED, *(FIXED_IN_SYNC if before.sync else ())):
         for field, old, new in _leaves(name, attrgetter(name)(before), attrgetter(name)(config)):
             require(new == old, field, new, f"{old!r}, as in the run to be resumed")
+    added = has_teacher(config) and not has_teacher(before)
+    require(not added, "actor.kinds", config.actor.kinds, "no teacher, as in the run to be resumed")
 
 
 def _leaves(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

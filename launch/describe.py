@@ -1,9 +1,11 @@
-"""A configuration in a few words: what is minimised, on which data, by which policy."""
+"""A configuration in a few words: what is minimised, on which data, by which policy and which kinds of actors."""
 
-from driftstream.launch.config import LOW_DIMENSION, RunConfig
-from driftstream.learner.objectives import ObjectiveName
+from collections.abc import Mapping
 
-_OBJECTIVES: dict[ObjectiveName, str] = {
+from driftstream.actors.kinds import Option, short_name
+from driftstream.launch.config import LOW_DIMENSION, RunConfig, settled_kinds
+
+_OBJECTIVES: dict[str, str] = {
     "trajectory_balance": "trajectory balance",
     "vargrad": "log variance (VarGrad)",
     "detailed_balance": "detailed balance",
@@ -17,7 +19,7 @@ _FLOWS = {"plain": "state flow", "forward_looking": "forward-looking flow"}
 def describe_objective(config: RunConfig) -> str:
     """The objective, such as "subtrajectory balance (λ = 2), segments of 20 steps"."""
     objective = config.objective
-    words = _OBJECTIVES[objective.name]
+    words = _OBJECTIVES.get(objective.name) or short_name(objective.name)
     if objective.name == "subtrajectory_balance":
         words += f" (λ = {objective.lam:g})"
     length = objective.segment_length
@@ -25,19 +27,31 @@ def describe_objective(config: RunConfig) -> str:
 
 
 def describe_data(config: RunConfig) -> str:
-    """What is trained on, such as "stream + refined replay"."""
+    """What is trained on, such as "explore:2 + teacher:1 + replay by loss"."""
     streamed = config.data == "stream"
     replayed = ""
     if config.replay.ratio > 0:
-        source = config.replay.source
+        source, order = config.replay.source, config.replay.prioritization
         refined = source == "refined" or (source == "auto" and streamed and config.refiner.count > 0)
         replayed = "refined replay" if refined else "replay"
+        if order == "loss":
+            replayed += " by loss"
     if config.objective.replay_only:
         return replayed
-    fresh = "stream" if streamed else "on-policy"
+    fresh = describe_kinds(settled_kinds(config)[0], {}) if streamed else "on-policy"
     if config.objective.pathwise:
         fresh += ", pathwise gradient"
     return f"{fresh} + {replayed}" if replayed else fresh
+
+
+def describe_kinds(kinds: Mapping[str, int], options: Mapping[str, Mapping[str, Option]]) -> str:
+    """Kinds with their counts and options, such as "explore:2 + Mine:1 (width 3)"."""
+    words = []
+    for kind, count in kinds.items():
+        name = short_name(kind)
+        values = ", ".join(f"{option} {value}" for option, value in options.get(name, {}).items())
+        words.append(f"{name}:{count}" + (f" ({values})" if values else ""))
+    return " + ".join(words)
 
 
 def describe_policy(config: RunConfig) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from driftstream.envs.targets import CountedTarget, Target, make_target
 from driftstream.eval.monitor import resolve_mode
 from driftstream.launch.config import RunConfig, to_toml
+from driftstream.launch.describe import describe_kinds
 from driftstream.launch.roles import resolve_device
 from driftstream.launch.run_directory import RunDirectory
 
@@ -34,17 +35,26 @@ def placement(config: RunConfig, root: Path) -> list[str]:
     device = resolve_device(config.device)
     lines = [f"run directory: {RunDirectory(root).shown}", f"W&B: {resolve_mode(config.monitor.wandb)}"]
     learner = f"learner: {device}, {config.learner.threads} thread(s)"
+    lines.append(f"{learner}; every role in one process" if config.sync else f"{learner}, a process of its own")
+    if config.data == "on_policy":
+        lines.append("no actors or refiners: the learner rolls out itself")
+    for role, part in (("actor", config.actor), ("refiner", config.refiner)) if config.data == "stream" else ():
+        shared = "" if config.sync else f"process(es), {part.threads} thread(s) each"
+        lines.append(f"{role}s: {part.count} {shared}".rstrip())
+        for kind, count in part.kinds.items():
+            lines.append(f"  {describe_kinds({kind: count}, part.options)}{_from(kind)}")
     if config.sync:
-        return [*lines, f"{learner}; every role in one process"]
-    lines.append(f"{learner}, a process of its own")
+        return lines
     if config.data == "stream":
-        lines.append(f"actors: {config.actor.count} process(es), {config.actor.threads} thread(s) each")
-        lines.append(f"refiners: {config.refiner.count} process(es), {config.refiner.threads} thread(s) each")
         where = "RUN/sockets" if config.stream.transport == "ipc" else config.stream.host
         lines.append(f"stream: {config.stream.transport}, {where}")
-    else:
-        lines.append("no actors or refiners: the learner rolls out itself")
     return [*lines, "evaluator: 1 process, at low priority"]
+
+
+def _from(kind: str) -> str:
+    """Where a kind's class is, if its name does not say so."""
+    place = kind.rpartition(":")[0]
+    return f", from {place}" if place else ""
 
 
 @torch.no_grad()

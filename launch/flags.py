@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from driftstream.envs.errors import ConfigError, TargetError
+from driftstream.envs.errors import ConfigError, PluginError, TargetError
 
 Flags = TypeVar("Flags")
 Optional = arg(help_behavior_hint="")
@@ -36,8 +36,9 @@ class CommandError(RuntimeError):
 class TrainFlags:
     """Train a sampler of TARGET: a learner, actors and refiners that feed it, and an evaluator.
 
-    Every field of the configuration is a flag too, as --component.field VALUE (--help-all lists them with
-    their values); --dry-run shows what a command resolves to. Limits given here replace those of the method.
+    Every field of the configuration is a flag too, as --component.field VALUE, and so is every option of the kinds
+    of actors and refiners that run, as --KIND.option VALUE (--help-all lists them with their values); --dry-run
+    shows what a command resolves to. Limits given here replace those of the method.
     """
 
     target: Annotated[str | None, Positional, arg(metavar="TARGET", help_behavior_hint="")] = None
@@ -142,8 +143,8 @@ class EvalFlags:
 class ListFlags:
     """List what there is."""
 
-    what: Annotated[Literal["targets", "methods"], Positional]
-    """targets or methods."""
+    what: Annotated[Literal["targets", "methods", "actors", "refiners", "objectives"], Positional]
+    """targets, methods, actors, refiners or objectives."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,32 @@ class BenchFlags:
     """Seed of the networks and of every draw."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+
+@dataclass(frozen=True)
+class NewFlags:
+    """Write a short, commented plug-in or preset that works, to be changed."""
+
+    kind: Annotated[Literal["actor", "refiner", "target", "preset"], Positional]
+    """actor, refiner, target or preset."""
+    file: Annotated[Path, Positional, arg(metavar="FILE")]
+    """File to write, such as my_actor.py (its class is then MyActor) or my_preset.toml; never one that exists."""
+
+
+@dataclass(frozen=True)
+class CheckFlags:
+    """Check that an actor, refiner, target, objective or preset does what a run expects of it."""
+
+    what: Annotated[str, Positional, arg(metavar="FILE.py:NAME|FILE.toml|NAME")]
+    """Your own class or function, in a file or as package.module:Name, a preset's file, or a name from `list`."""
+    kind: Annotated[Literal["actor", "refiner", "target", "objective", "preset"] | None, Optional] = None
+    """What it is, where its name or its type does not say so."""
+    options: Annotated[dict[str, int | float | bool | str], arg(metavar="KEY VALUE …", help_behavior_hint="")] = field(
+        default_factory=dict
+    )
+    """Options of an actor, refiner or target, such as: dim 16."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
 
 
 def split_config_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -261,7 +288,7 @@ def answer(prog: str, action: Callable[[], int]) -> int:
         return action()
     except (UsageError, ConfigError) as error:
         return complain(prog, error, 2)
-    except (CommandError, TargetError, OSError) as error:
+    except (CommandError, TargetError, PluginError, OSError) as error:
         return complain("driftstream", error, 1)
     except KeyboardInterrupt:
         return complain("driftstream", "interrupted", 130)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from driftstream.envs.errors import ConfigError
 from driftstream.envs.registry import suggest
@@ -38,5 +39,14 @@ def load_method(name: str) -> Method:
         raise ConfigError("method", name, f"one of {', '.join(method_names())}, or a TOML file{hint}")
     data = read_toml(path)
     summary, source = str(data.pop("summary", "")), str(data.pop("source", ""))
+    for role in ("actor", "refiner"):
+        _count_kinds(data.get(role))
     config = replace(from_dict(RunConfig(), data), method=name)
     return Method(name, summary, source, config)
+
+
+def _count_kinds(table: Any) -> None:
+    """Let the counts by kind of [actor] or [refiner] say how many there are, where `count` does not."""
+    kinds = table.get("kinds") if isinstance(table, dict) else None
+    if isinstance(kinds, dict) and all(isinstance(count, int) for count in kinds.values()):
+        table.setdefault("count", sum(kinds.values()))

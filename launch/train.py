@@ -17,7 +17,7 @@ from types import FrameType
 
 import setproctitle
 
-from driftstream.envs.errors import TargetError
+from driftstream.envs.errors import PluginError, TargetError
 from driftstream.launch.flags import CommandError, TrainFlags, UsageError, answer, complain, parse, split_config_flags
 from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import fork_server
@@ -143,7 +143,7 @@ def _run_here(flags: TrainFlags, config_flags: list[str], prog: str) -> int:
                 final = train_sync(config, run.root, monitor, show, progress.event, lambda: bool(interrupts))
         except CheckpointError as error:
             raise CommandError(str(error)) from error
-        except TargetError as error:
+        except (TargetError, PluginError) as error:
             for line in traceback.format_exception(error.__cause__) if error.__cause__ else ():
                 progress.event(line.rstrip(), "dim")
             raise

@@ -59,7 +59,7 @@ def worker_main(run_root: str, role: str, index: int, epoch: int, seed: int, rol
 def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_function: str) -> int:
     # Imported here: the supervisor needs this module, but not torch.
     from driftstream.buffers.control import ControlClient, Endpoints, RoleContext
-    from driftstream.envs.errors import ConfigError, TargetError
+    from driftstream.envs.errors import ConfigError, PluginError, TargetError
     from driftstream.envs.registry import load_object
     from driftstream.launch.config import from_toml
     from driftstream.launch.seeding import seed_everything
@@ -77,7 +77,7 @@ def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_f
         return 0
     except Exception as error:
         traceback.print_exc()
-        if isinstance(error, TargetError) and error.__cause__ is not None:
+        if isinstance(error, (TargetError, PluginError)) and error.__cause__ is not None:
             # Last, as the supervisor shows the last lines: where in the user's code it happened.
             traceback.print_exception(error.__cause__)
         fatal = isinstance(error, (ConfigError, TargetError))

@@ -26,6 +26,8 @@ from driftstream.learner.statistics import KindStatistics
 from driftstream.learner.teacher import Teacher, TeacherConfig, teacher_policy
 
 Metrics = dict[str, Tensor | float]
+STUDENT = "explore"
+"""The kind of actor that rolls the student out. Beside a teacher its ends are not replayed: they are seen anyway."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class Learner:
         paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
         metrics, residual = self._learn_fresh(paths, progress)
         priority = None if residual is None else teacher_reward(residual, self.residual_weight)
-        self.terminals.add(states[:, -1], log_reward, priority)
+        if self.teacher is None or kind != STUDENT:
+            self.terminals.add(states[:, -1], log_reward, priority)
         self.statistics.add(kind, log_reward, residual, novelty)
         return metrics
 

@@ -9,6 +9,7 @@ from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.rollout import score_trajectories
 from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget, Target
+from driftstream.learner.objective_plugins import plugin_loss
 from driftstream.learner.objectives import (
     ObjectiveConfig,
     detailed_balance,
@@ -130,7 +131,8 @@ def path_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """The objective's loss on given paths, and the log weights [B] of whole trajectories (None for segments).
 
-    Gradients flow to the policy and `log_z`. Raises ValueError for an objective that needs paths of its own.
+    Gradients flow to the policy and `log_z`. Raises ValueError for an objective that needs paths of its own, and
+    PluginError where a user's objective fails.
     """
     log_pf, log_pb = score_trajectories(policy, process, paths.states, paths.times, paths.scores, paths.index)
     log_weight = None if paths.index is not None else log_weights(log_pf, log_pb, paths.log_reward).detach()
@@ -146,6 +148,8 @@ def path_loss(
             loss = detailed_balance(log_pf, log_pb, log_flow)
         else:
             loss = subtrajectory_balance(log_pf, log_pb, log_flow, objective.lam)
+    elif objective.plugin:
+        loss = plugin_loss(objective.name, log_pf, log_pb, paths.log_reward, log_z)
     else:
         raise ValueError(f"objective.name = {objective.name!r}: it draws its own paths")
     return loss, log_weight

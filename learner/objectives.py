@@ -12,7 +12,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from driftstream.envs.errors import require
+from driftstream.envs.errors import ConfigError, require
+from driftstream.envs.plugins import installed
+from driftstream.envs.registry import suggest
+from driftstream.learner.objective_plugins import OBJECTIVE_GROUP, is_plugin, uses_log_z
 
 ObjectiveName = Literal[
     "trajectory_balance",
@@ -29,17 +32,22 @@ OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 class ObjectiveConfig:
     """Which loss the learner minimises.
 
+    `name` is that of a built-in one or of an entry point, or the place of a function of your own, such as
+    `./mine.py:my_loss`, called with log_pf [B, T], log_pb [B, T], log_reward [B] and log_z, which returns a scalar.
     `lam` is the λ of subtrajectory balance. With `segment_length` L, the objectives that balance flows train on
     segments of L consecutive transitions, one of each trajectory: an update costs L/T of one on whole trajectories,
     which are drawn whole nevertheless.
     """
 
-    name: ObjectiveName = "trajectory_balance"
+    name: str = "trajectory_balance"
     lam: float = 2.0
     segment_length: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.name in OBJECTIVES, "objective.name", self.name, "one of " + ", ".join(OBJECTIVES))
+        if self.name not in OBJECTIVES and not is_plugin(self.name):
+            names = objective_names()
+            allowed = f"one of {', '.join(names)}, or path/file.py:function{suggest(self.name, names)}"
+            raise ConfigError("objective.name", self.name, allowed)
         require(0 <= self.lam < math.inf, "objective.lam", self.lam, "a number >= 0")
         length = self.segment_length
         require(length is None or length >= 1, "objective.segment_length", length, "at least 1")
@@ -64,7 +72,19 @@ class ObjectiveConfig:
     @property
     def learns_log_z(self) -> bool:
         """Whether log Z is a parameter of the loss."""
+        if self.plugin:
+            return uses_log_z(self.name)
         return self.name == "trajectory_balance" or self.balances_flows
+
+    @property
+    def plugin(self) -> bool:
+        """Whether the loss is a function of the user's own."""
+        return self.name not in OBJECTIVES
+
+
+def objective_names() -> list[str]:
+    """Names of the objectives that are built in, then of those that are installed."""
+    return [*OBJECTIVES, *sorted(installed(OBJECTIVE_GROUP).keys() - set(OBJECTIVES))]
 
 
 def log_weights(log_pf: Tensor, log_pb: Tensor, log_reward: Tensor) -> Tensor:

@@ -274,6 +274,8 @@ class LocalSource:
         state = {"turns": torch.tensor([self._turn, self._cycle])}
         for index, actor in enumerate(self._actors):
             state[f"actor.{index}"] = actor.generator.get_state()
+            for name, value in actor.explorer.state().items():
+                state[f"actor.{index}.{name}"] = torch.tensor(value, dtype=torch.float64)
         for index, refiner in enumerate(self._refiners):
             state[f"refiner.{index}"] = refiner.generator.get_state()
             state[f"refiner.{index}.step_size"] = torch.tensor(refiner.step_size, dtype=torch.float64)
@@ -283,6 +285,10 @@ class LocalSource:
         self._turn, self._cycle = state["turns"].tolist()
         for index, actor in enumerate(self._actors):
             actor.generator.set_state(state[f"actor.{index}"].cpu())
+            prefix = f"actor.{index}."
+            adapted = {k.removeprefix(prefix): float(v) for k, v in state.items() if k.startswith(prefix)}
+            if adapted:
+                actor.explorer.load_state(adapted)
         for index, refiner in enumerate(self._refiners):
             refiner.generator.set_state(state[f"refiner.{index}"].cpu())
             refiner.step_size = float(state[f"refiner.{index}.step_size"])

@@ -189,12 +189,12 @@ def describe(config: RunConfig) -> tuple[str, str, str]:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("default", ("trajectory balance", "stream + refined replay", "PIS net + learned variance (D ≤ 10)")),
+        ("default", ("trajectory balance", "explore:1 + refined replay", "PIS net + learned variance (D ≤ 10)")),
         ("tb", ("trajectory balance", "on-policy", "PIS net")),
         ("tb+lv", ("trajectory balance", "on-policy", "PIS net + learned variance")),
         ("tb+lb", ("trajectory balance", "on-policy", "PIS net + learned backward")),
-        ("vargrad+expl+lp", ("log variance (VarGrad)", "stream", "Langevin")),
-        ("tb+expl+lp+ls", ("trajectory balance", "stream + refined replay", "Langevin")),
+        ("vargrad+expl+lp", ("log variance (VarGrad)", "explore:1", "Langevin")),
+        ("tb+expl+lp+ls", ("trajectory balance", "explore:1 + refined replay", "Langevin")),
         ("db", ("detailed balance", "on-policy", "PIS net + state flow")),
         ("fl-subtb+lp", ("subtrajectory balance (λ = 2)", "on-policy", "Langevin + forward-looking flow")),
         ("pis+lp", ("reverse KL", "on-policy, pathwise gradient", "Langevin")),

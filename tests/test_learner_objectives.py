@@ -128,7 +128,7 @@ def test_subtb_of_lambda_0_is_the_mean_over_transitions() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ObjectiveConfig("elbo"), "objective.name = 'elbo': expected one of trajectory_balance, vargrad"),  # type: ignore[arg-type]
+        (lambda: ObjectiveConfig("elbo"), "objective.name = 'elbo': expected one of trajectory_balance, vargrad"),
         (lambda: ObjectiveConfig(lam=-0.5), "objective.lam = -0.5: expected a number >= 0"),
         (lambda: ObjectiveConfig("detailed_balance", segment_length=0), "objective.segment_length = 0: expected at"),
         (lambda: ObjectiveConfig("vargrad", segment_length=5), "objective.segment_length = 5: expected nothing"),

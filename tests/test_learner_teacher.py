@@ -92,7 +92,7 @@ def test_replay_by_loss_holds_the_residuals_of_the_last_visit() -> None:
     learner = make()
     times = uniform_grid(6)
     batch = rollout(learner.policy, learner.process, learner.target, times, 300, exploration_std=2.0)
-    learner.learn_fresh(batch, 0.0)
+    learner.learn_fresh(batch, 0.0, "teacher")
     rows = learner.replay._buffer[:]
     before = rows["priority"].clone()
     assert bool(before.isfinite().all())

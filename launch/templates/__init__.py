@@ -1,0 +1,1 @@
+"""What `driftstream new` writes: working plug-ins, to be changed."""
