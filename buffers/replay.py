@@ -25,9 +25,10 @@ class ReplayConfig:
     """What is replayed, how much of it and how it is chosen; raises ConfigError for a field out of range.
 
     `ratio` counts replayed batches per fresh batch (0 switches replay off), `minimum` the states held before replay
-    starts. `prioritization` draws states by the rank of their log rewards, by that of the student's loss on them (as it
-    was when they were last trained on; new ones first), or uniformly. `source` says which states enter: the refiners'
-    (`refined`), the actors' (`terminals`), or the refiners' where there are any (`auto`).
+    starts. `prioritization` draws states by the rank of their log rewards, of the policy's residual on them (`loss`:
+    what it sampled too little when they were last trained on comes first, after what is new), or uniformly. `source`
+    says which states enter: the refiners' (`refined`), the actors' (`terminals`), or the refiners' where there are any
+    (`auto`).
     """
 
     capacity: int = 600_000
@@ -120,7 +121,7 @@ class TerminalReplay:
         if len(terminal):
             entries = {"terminal": terminal, "log_reward": log_reward}
             if priority is not None:
-                entries["priority"] = priority[newest].nan_to_num(0.0, FIRST, 0.0)
+                entries["priority"] = priority[newest].nan_to_num(-FIRST, FIRST, -FIRST)
             self._buffer.extend(TensorDict(entries, batch_size=[len(terminal)], device=self.device))
 
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ class TerminalReplay:
         if drawn is None or len(drawn) != len(priority):
             raise RuntimeError(f"{len(priority)} priorities: expected one for each state of the last draw")
         rows = self._buffer.storage.get(drawn)
-        rows["priority"] = priority.detach().to(rows["priority"]).nan_to_num(0.0, FIRST, 0.0)
+        rows["priority"] = priority.detach().to(rows["priority"]).nan_to_num(-FIRST, FIRST, -FIRST)
         self._buffer.storage.set(drawn, rows, set_cursor=False)
         self._buffer.sampler.extend(drawn)
 

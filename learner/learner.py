@@ -19,7 +19,7 @@ from driftstream.envs.grids import GridConfig, make_grid
 from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget
 from driftstream.learner.losses import Paths, draw_segments, path_loss
-from driftstream.learner.objectives import ObjectiveConfig, log_weights, teacher_reward
+from driftstream.learner.objectives import ObjectiveConfig, log_weights
 from driftstream.learner.on_policy import RolloutConfig, pathwise_log_weight
 from driftstream.learner.optim import OptimConfig, Optimizer, WeightAverage
 from driftstream.learner.statistics import KindStatistics
@@ -99,7 +99,6 @@ class Learner:
         self.teacher = None
         if teacher is not None and second is not None:
             self.teacher = Teacher(second, process, teacher, optim)
-        self.residual_weight = (teacher or TeacherConfig()).weight
         self.statistics = KindStatistics()
         only_seeds = replay.source == "refined"
         seeding = dataclasses.replace(replay, prioritization="rank") if only_seeds else replay
@@ -134,9 +133,8 @@ class Learner:
         novelty = self.statistics.novelty(kind, states[:, -1], self.terminals)
         paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
         metrics, residual = self._learn_fresh(paths, progress)
-        priority = None if residual is None else teacher_reward(residual, self.residual_weight)
         if self.teacher is None or kind != STUDENT:
-            self.terminals.add(states[:, -1], log_reward, priority)
+            self.terminals.add(states[:, -1], log_reward, residual)
         self.statistics.add(kind, log_reward, residual, novelty)
         return metrics
 
@@ -160,7 +158,7 @@ class Learner:
             paths = dataclasses.replace(paths, scores=self.target.score(paths.states[:, :-1]))
         metrics, residual = self._update(paths, progress)
         if residual is not None:
-            self.replay.update_priority(teacher_reward(residual, self.residual_weight))
+            self.replay.update_priority(residual)
         self.statistics.add("replay", log_reward, residual)
         return metrics
 
