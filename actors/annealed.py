@@ -22,7 +22,7 @@ from driftstream.actors.mala import (
     mala_proposal,
     metropolis,
 )
-from driftstream.actors.refiner import Refiner
+from driftstream.actors.refiner import ChainRefiner
 from driftstream.envs.errors import require
 from driftstream.envs.targets import CountedTarget, Target
 
@@ -217,12 +217,8 @@ def run_annealed(
     return gather(seeds, [(state.x, state.log_reward)], annealed.step_size, [annealed.acceptance_rate])
 
 
-class AnnealedRefiner(Refiner):
+class AnnealedRefiner(ChainRefiner):
     """Annealed importance sampling; the adapted step size carries over."""
 
     Options = AnnealedConfig
-
-    def refine(self, seeds: Tensor) -> Refinement:
-        refinement = run_annealed(seeds, self.target, self.options, self.step_size, self.generator)
-        self.step_size = refinement.step_size
-        return refinement
+    cycle = staticmethod(run_annealed)

@@ -19,7 +19,7 @@ from driftstream.actors.mala import (
     mala_init,
     metropolis,
 )
-from driftstream.actors.refiner import Refiner
+from driftstream.actors.refiner import ChainRefiner
 from driftstream.envs.errors import require
 from driftstream.envs.targets import CountedTarget, Target
 
@@ -127,12 +127,8 @@ def run_hmc(
     return gather(seeds, kept, step_size, rates)
 
 
-class HmcRefiner(Refiner):
+class HmcRefiner(ChainRefiner):
     """Chains of Hamiltonian Monte Carlo; the adapted step size carries over."""
 
     Options = HmcConfig
-
-    def refine(self, seeds: Tensor) -> Refinement:
-        refinement = run_hmc(seeds, self.target, self.options, self.step_size, self.generator)
-        self.step_size = refinement.step_size
-        return refinement
+    cycle = staticmethod(run_hmc)

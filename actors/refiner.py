@@ -1,6 +1,6 @@
 """Refiners: chains from the learner's terminal states, as components and as a process."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -84,15 +84,22 @@ class Refiner:
         return refinement
 
 
-class MalaRefiner(Refiner):
+class ChainRefiner(Refiner):
+    """A refiner whose cycle is a function of (seeds, target, options, step size, generator)."""
+
+    cycle: ClassVar[Callable[..., Refinement]]
+
+    def refine(self, seeds: Tensor) -> Refinement:
+        refinement = type(self).cycle(seeds, self.target, self.options, self.step_size, self.generator)
+        self.step_size = refinement.step_size
+        return refinement
+
+
+class MalaRefiner(ChainRefiner):
     """Chains of the Metropolis-adjusted Langevin algorithm; the adapted step size carries over."""
 
     Options = MalaConfig
-
-    def refine(self, seeds: Tensor) -> Refinement:
-        refinement = run_mala(seeds, self.target, self.options, self.step_size, self.generator)
-        self.step_size = refinement.step_size
-        return refinement
+    cycle = staticmethod(run_mala)
 
 
 def run_refiner(context: RoleContext, refiner: Refiner, stream: StreamConfig) -> None:

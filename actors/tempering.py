@@ -21,7 +21,7 @@ from driftstream.actors.mala import (
     mala_proposal,
     metropolis,
 )
-from driftstream.actors.refiner import Refiner
+from driftstream.actors.refiner import ChainRefiner
 from driftstream.envs.errors import require
 from driftstream.envs.targets import CountedTarget, Target
 
@@ -188,12 +188,8 @@ def run_tempering(
     return gather(seeds, kept, sizes[0], rates)
 
 
-class TemperingRefiner(Refiner):
+class TemperingRefiner(ChainRefiner):
     """Parallel tempering; the adapted step size at β = 1 carries over."""
 
     Options = TemperingConfig
-
-    def refine(self, seeds: Tensor) -> Refinement:
-        refinement = run_tempering(seeds, self.target, self.options, self.step_size, self.generator)
-        self.step_size = refinement.step_size
-        return refinement
+    cycle = staticmethod(run_tempering)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from driftstream.actors.mala import Refinement
-from driftstream.actors.refiner import MalaRefiner
+from driftstream.actors.refiner import ChainRefiner
 from driftstream.envs.errors import TargetError
 from driftstream.eval.monitor import Monitor
 from driftstream.launch.cli import main
@@ -102,14 +102,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(method: str, tmp_path: Path)
 def test_a_stop_during_refinement_is_resumed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(small("default"), whole)
-    refine, cycles = MalaRefiner.refine, 0
+    refine, cycles = ChainRefiner.refine, 0
 
-    def refine_and_count(refiner: MalaRefiner, seeds: torch.Tensor) -> Refinement:
+    def refine_and_count(refiner: ChainRefiner, seeds: torch.Tensor) -> Refinement:
         nonlocal cycles
         cycles += 1
         return refine(refiner, seeds)
 
-    monkeypatch.setattr(MalaRefiner, "refine", refine_and_count)
+    monkeypatch.setattr(ChainRefiner, "refine", refine_and_count)
     assert train(small("default"), broken, should_stop=lambda: cycles == 2) is None
     monkeypatch.undo()
     train(small("default"), broken)
