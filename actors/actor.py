@@ -9,7 +9,7 @@ from torch import Tensor
 
 from driftstream.actors.context import ActorContext
 from driftstream.actors.exploration import ExplorationActor
-from driftstream.actors.kinds import Option, check_kinds
+from driftstream.actors.kinds import Option, blaming, check_kinds, is_built_in
 from driftstream.actors.meter import POLL_S, CallMeter
 from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.weights import PolicySubscriber
@@ -53,7 +53,8 @@ class Actor:
         self.explorer = explorer
         self.context = context
         self.rejected = 0
-        self._own_code = type(explorer).__module__.startswith("driftstream.actors.")
+        parts = getattr(explorer, "parts", [explorer])  # a mixture is as trustworthy as what it holds
+        self._own_code = all(is_built_in(part) for part in parts)
         self._empty_in_a_row = 0
 
     @property
@@ -85,22 +86,16 @@ class Actor:
         batch = self._usable(self._checked(self._generate()))
         self._empty_in_a_row = 0 if len(batch) else self._empty_in_a_row + 1
         if self._empty_in_a_row == HOPELESS_BATCHES:
-            raise TargetError(
-                f"target {self.target.name!r}: every trajectory has an undefined log reward "
-                f"({HOPELESS_BATCHES} batches of {self.context.batch_size} in a row)"
-            )
+            self._empty_in_a_row = 0
+            what = f"every trajectory has an undefined log reward ({HOPELESS_BATCHES} batches in a row)"
+            if self._own_code:
+                raise TargetError(f"target {self.target.name!r}: {what}")
+            raise PluginError(f"actor {self.kind}: {what}")
         return batch
 
     def _generate(self) -> TensorDict:
-        try:
-            with torch.no_grad():
-                return self.explorer.generate(self.context)
-        except (TargetError, PluginError):
-            raise
-        except Exception as error:
-            if self._own_code:
-                raise
-            raise PluginError(f"actor {self.kind} raised {type(error).__name__}: {error}") from error
+        with torch.no_grad(), blaming(f"actor {self.kind}", self._own_code):
+            return self.explorer.generate(self.context)
 
     def _checked(self, batch: TensorDict) -> TensorDict:
         """The batch, if it follows the schema; undefined rewards are no fault of the actor."""
@@ -113,9 +108,11 @@ class Actor:
                 raise TrajectoryError(f"{len(batch)} trajectories: expected at most {self.context.batch_size}")
             if ("scores" in batch) != self.policy.langevin:
                 raise TrajectoryError("'scores' are for policies with policy.langevin, and needed there")
+            if not self._own_code and not self.context.process.prior_std and bool(batch["states"][:, 0].any()):
+                raise TrajectoryError("'states' do not start at 0, as every path of this process does")
         except TrajectoryError as error:
             raise PluginError(f"actor {self.kind}: {error}") from None
-        return batch
+        return batch if self._own_code else batch.to(next(self.policy.parameters()).dtype)
 
     def _usable(self, batch: TensorDict) -> TensorDict:
         finite = batch["log_reward"].isfinite() & batch["states"].isfinite().all(-1).all(-1)
@@ -146,13 +143,15 @@ def run_actor(context: RoleContext, actor: Actor, stream: StreamConfig) -> None:
     def ask_replayed(n: int) -> tuple[Tensor, Tensor] | None:
         seeds = None
         while seeds is None and not context.should_stop:
-            context.turn()
             seeds = client.request_seeds(n, POLL_S)
+            if seeds is None:
+                context.turn()  # the learner is busy, which is no fault of the actor
         if seeds is None or not seeds.rows:
             return None
         return seeds.tensors["terminal"], seeds.tensors["log_reward"]
 
     actor.context.ask_replayed = ask_replayed
+    actor.target.on_call = context.turn
     made, reported_rejects, since = 0, 0, time.monotonic()
     prefix = f"actor/{context.index}"
     try:

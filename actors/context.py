@@ -10,6 +10,8 @@ from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.rollout import roll_forward, rollout, rollout_backward
+from driftstream.buffers.checks import is_integer
+from driftstream.buffers.wire import WireLimits
 from driftstream.envs.errors import require
 from driftstream.envs.grids import GridConfig, make_grid
 from driftstream.envs.processes import DiffusionProcess
@@ -42,6 +44,9 @@ class ExplorationConfig:
         if self.decay == "constant":
             return std
         return std * max(0.0, 1.0 - progress / self.decay_until)
+
+
+MAX_REPLAYED = WireLimits().max_rows
 
 
 def no_replay(n: int) -> None:
@@ -129,7 +134,12 @@ class ActorContext:
         return make_trajectories(states, times, log_reward, scores=scores)
 
     def replayed(self, n: int) -> tuple[Tensor, Tensor] | None:
-        """Terminal states `[n, D]` of the learner's replay with log rewards `[n]`; None while it holds none."""
+        """Terminal states `[n, D]` of the learner's replay with log rewards `[n]`; None while it holds none.
+
+        Raises ValueError unless n is an integer from 1 to a million.
+        """
+        if not is_integer(n, least=1) or n > MAX_REPLAYED:
+            raise ValueError(f"replayed({n!r}): expected an integer from 1 to {MAX_REPLAYED:,}")
         drawn = self.ask_replayed(n)
         if drawn is None:
             return None

@@ -4,9 +4,11 @@ What a kind is written as ("explore", "package.module:Class", "./mine.py:Mine") 
 its short name ("explore", "Class", "Mine") is what logs, metrics and flags call it.
 """
 
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 
-from driftstream.envs.errors import ConfigError, require
+from driftstream.envs.errors import ConfigError, PluginError, TargetError, require
 
 Option = int | float | bool | str
 
@@ -14,6 +16,25 @@ Option = int | float | bool | str
 def short_name(kind: str) -> str:
     """What a kind is called in logs, metrics and flags: the class's name for one that is given by its place."""
     return kind.rpartition(":")[2]
+
+
+def is_built_in(part: object) -> bool:
+    """Whether an actor, a refiner or its class is driftstream's own, and not a plug-in."""
+    kind = part if isinstance(part, type) else type(part)
+    return kind.__module__.startswith("driftstream.actors.")
+
+
+@contextlib.contextmanager
+def blaming(who: str, built_in: bool) -> Iterator[None]:
+    """Turn whatever a plug-in's code raises into a PluginError that names it; errors of targets are theirs."""
+    try:
+        yield
+    except (TargetError, PluginError):
+        raise
+    except Exception as error:
+        if built_in:
+            raise
+        raise PluginError(f"{who} raised {type(error).__name__}: {error}") from error
 
 
 def parse_kinds(text: str, field: str) -> dict[str, int]:
@@ -24,7 +45,7 @@ def parse_kinds(text: str, field: str) -> dict[str, int]:
     kinds: dict[str, int] = {}
     for entry in text.split(","):
         kind, colon, last = entry.strip().rpartition(":")
-        is_count = bool(colon) and last.lstrip("+-").isdigit()
+        is_count = bool(colon) and re.fullmatch(r"[+-]?[0-9]{1,6}", last, re.ASCII) is not None
         if not is_count:
             kind, last = entry.strip(), "1"
         if not kind or kind in kinds:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from driftstream.actors.kinds import Option, check_kinds
+from driftstream.actors.kinds import Option, blaming, check_kinds, is_built_in
 from driftstream.actors.mala import MalaConfig, Refinement, run_mala
 from driftstream.actors.meter import POLL_S, CallMeter
 from driftstream.buffers.channels import StreamClient, StreamConfig
@@ -69,13 +69,16 @@ class Refiner:
         """`refine`, with what it returns checked.
 
         Raises:
-            PluginError: states or log rewards of a wrong shape or type, or not finite.
+            PluginError: a plug-in raises, or its states or log rewards have a wrong shape or type, or are not finite.
         """
-        refinement = self.refine(seeds)
         name = type(self).__name__
+        with blaming(f"refiner {name}", is_built_in(self)):
+            refinement = self.refine(seeds)
         if not isinstance(refinement, Refinement):
             raise PluginError(f"refiner {name}: refine returned {type(refinement).__name__}: expected a Refinement")
         terminal, log_reward = refinement.terminal, refinement.log_reward
+        if not isinstance(terminal, Tensor) or not isinstance(log_reward, Tensor):
+            raise PluginError(f"refiner {name}: terminal and log_reward: expected tensors")
         if terminal.ndim != 2 or terminal.shape[1] != self.target.dim or log_reward.shape != terminal.shape[:1]:
             shapes = f"terminal {list(terminal.shape)}, log_reward {list(log_reward.shape)}"
             raise PluginError(f"refiner {name}: {shapes}: expected [N, {self.target.dim}] and [N]")
@@ -106,6 +109,7 @@ def run_refiner(context: RoleContext, refiner: Refiner, stream: StreamConfig) ->
     """Ask the learner for seeds, refine them, send what was accepted, until the run stops."""
     client = StreamClient(context.endpoints.stream, context.name, context.epoch, stream, produces="terminals")
     meter = CallMeter(refiner.target)
+    refiner.target.on_call = context.turn
     try:
         while not context.should_stop:
             context.turn()

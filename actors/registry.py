@@ -149,6 +149,8 @@ def _is_plain(hint: Any) -> bool:
 
 
 def _load(kind: str, base: type[P], built_in: dict[str, str], group: str, field: str) -> type[P]:
+    name, colon, _ = kind.partition(":")
+    require(not (colon and name in built_in), field, kind, f"a whole number after {name}:")
     plugin = load_object(built_in[kind], field) if kind in built_in else load_plugin(kind, group, built_in, field)
     if not (isinstance(plugin, type) and issubclass(plugin, base)):
         raise ConfigError(field, kind, f"a class derived from {base.__module__}.{base.__name__}")

@@ -23,6 +23,8 @@ from driftstream.buffers.checks import is_integer, is_name
 
 MAX_REPORT_BYTES = 2**20
 MAX_QUEUED_REPORTS = 10_000
+PAUSE_S = 1.0
+"""A heartbeat that is later than this was held up by a pause of the process."""
 _MAX_PER_POLL = 1_000
 _SINGLE_ROLES = ("learner", "evaluator")
 
@@ -191,6 +193,10 @@ class ControlClient:
         heartbeat_due = time.monotonic()
         while not self._closed:
             if time.monotonic() >= heartbeat_due:
+                late = time.monotonic() - heartbeat_due
+                if late > PAUSE_S and self._turned_at is not None:
+                    # The whole process was stopped (Ctrl-Z, a suspended machine), and its work with it.
+                    self._turned_at += late
                 # Not queued behind reports: while there is no connection one heartbeat too many tells
                 # nothing.
                 sockets.send_now(self._socket, [self._frame("heartbeat", self._heartbeat())])
@@ -204,7 +210,7 @@ class ControlClient:
 
     def _heartbeat(self) -> dict[str, float]:
         turned_at = self._turned_at
-        return {"pid": os.getpid()} | ({} if turned_at is None else {"turn_s": time.monotonic() - turned_at})
+        return {"pid": os.getpid()} | ({} if turned_at is None else {"turn_s": max(0.0, time.monotonic() - turned_at)})
 
     def _send_reports(self) -> None:
         with self._lock:

@@ -95,10 +95,11 @@ class CountedTarget(Target):
     `energy_evaluations` and `gradient_evaluations` count the points at which log R and its gradient were
     computed, `nonfinite` those where either was NaN or infinite. A log reward is passed on as it is; a score
     with a non-finite entry becomes 0 in that row. Whatever the wrapped target raises, and any output of a
-    wrong kind or shape, becomes a TargetError that names it.
+    wrong kind or shape, becomes a TargetError that names it. `on_call` is called at every evaluation: a sign of life.
     """
 
     def __init__(self, target: Target) -> None:
+        self.on_call: Callable[[], None] = _nothing
         self.target = target
         self.name = target.name
         self.dim = target.dim
@@ -152,6 +153,7 @@ class CountedTarget(Target):
         return super().to(device)
 
     def _guard(self, function: Callable[..., R], *args: object) -> R:
+        self.on_call()
         try:
             return function(*args)
         except Exception as error:
@@ -166,6 +168,10 @@ class CountedTarget(Target):
                 f"expected {list(shape)}"
             )
         return value if value.dtype == x.dtype else value.to(x.dtype)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -68,8 +68,10 @@ def validate_trajectories(
     for key, shape in expected.items():
         if key in trajectories:
             _check_tensor(key, trajectories[key], shape, key in finite)
-    # A row that was expanded stands for all.
-    grid = times[:1] if times.stride(0) == 0 else times
+    # A row that was expanded stands for all, and has to: what reads the batch reads the first.
+    if times.stride(0) != 0 and not bool((times == times[:1]).all()):
+        raise TrajectoryError("'times' differs between trajectories: expected one grid for the batch")
+    grid = times[:1]
     if not bool(((grid[:, 0] == 0) & (grid[:, -1] == 1) & (grid.diff(dim=1) > 0).all(1)).all()):
         raise TrajectoryError("'times' is no grid: expected 0 = t_0 < ... < t_T = 1")
 

@@ -115,8 +115,14 @@ def resolve(config: RunConfig) -> RunConfig:
         require(streamed, "replay.source", "refined", "'terminals' or 'auto', as data = 'on_policy' has no refiners")
         enough = config.refiner.count > 0 or replay.ratio == 0
         require(enough, "refiner.count", 0, "at least 1, as replay.source = 'refined'")
+    idle = streamed and config.refiner.count > 0 and replay.source == "terminals" and replay.ratio > 0
+    require(not idle, "replay.source", "terminals", "'refined' or 'auto', as there are refiners (--refiners 0: none)")
     if streamed:
         require(config.actor.count > 0, "actor.count", 0, "at least 1, as data = 'stream'")
+    else:
+        allowed = "none, as data = 'on_policy' starts no actors and no refiners"
+        require(set(config.actor.kinds) <= {"explore"}, "actor.kinds", dict(config.actor.kinds), allowed)
+        require(set(config.refiner.kinds) <= {"mala"}, "refiner.kinds", dict(config.refiner.kinds), allowed)
     config = replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
     return _check_teacher(_settle_kinds(config))
 
@@ -172,7 +178,6 @@ def _check_teacher(config: RunConfig) -> RunConfig:
     require(name in ("trajectory_balance", "vargrad"), "objective.name", name, allowed)
     length = config.objective.segment_length
     require(length is None, "objective.segment_length", length, "nothing, as the run has a teacher")
-    require(config.data == "stream", "data", config.data, "'stream', where a teacher's actors roll out")
     return config
 
 
@@ -193,6 +198,8 @@ def _check_objective(config: RunConfig, grid: GridConfig, policy: PolicyConfig) 
         require(flow == "none", "policy.state_flow", flow, allowed)
     length, steps = objective.segment_length, grid.sampling_steps or 1
     require(length is None or length <= steps, "objective.segment_length", length, f"at most the {steps} steps")
+    by_loss = length is not None and config.replay.prioritization == "loss"
+    require(not by_loss, "replay.prioritization", "loss", "'rank' or 'uniform', as segments have no residual")
     if objective.pathwise:
         require(config.data == "on_policy", "data", config.data, f"'on_policy', as objective.name = '{objective.name}'")
         require(config.replay.ratio == 0, "replay.ratio", config.replay.ratio, "0, as nothing of it is trained on")

@@ -86,7 +86,7 @@ def _counts(text: str | None, flag: str) -> dict[str, Any]:
     """The fields that --actors or --refiners sets: how many there are, and of which kinds where it names some."""
     if text is None:
         return {}
-    if re.fullmatch(r"[0-9]{1,6}", text, re.ASCII):
+    if re.fullmatch(r"[+-]?[0-9]{1,6}", text, re.ASCII):
         return {"count": int(text)}
     kinds = parse_kinds(text, flag)
     return {"kinds": kinds, "count": sum(kinds.values())}
@@ -97,16 +97,31 @@ def _placed(config: RunConfig) -> RunConfig:
     parts = {}
     for role in ("actor", "refiner"):
         part = getattr(config, role)
-        parts[role] = replace(part, kinds={_absolute(kind): count for kind, count in part.kinds.items()})
+        kinds = {_absolute(kind): count for kind, count in part.kinds.items()}
+        parts[role] = replace(part, kinds=kinds, options={name: _mixed(o) for name, o in part.options.items()})
     objective = replace(config.objective, name=_absolute(config.objective.name))
     return replace(config, objective=objective, **parts)
+
+
+def _mixed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a kind, with the places of the kinds that a mixture is `of` absolute."""
+    of = options.get("of")
+    return options | {"of": ",".join(map(_absolute_entry, of.split(",")))} if isinstance(of, str) else options
+
+
+def _absolute_entry(entry: str) -> str:
+    """`_absolute` of one "kind" or "kind:count"."""
+    kind, colon, count = entry.strip().rpartition(":")
+    return f"{_absolute(kind)}:{count}" if colon and count.isdigit() else _absolute(entry.strip())
 
 
 def _check_kept(before: RunConfig, config: RunConfig) -> None:
     """Refuse what a run cannot be resumed with: ConfigError naming the field."""
     for name in (*FIXED, *(FIXED_IN_SYNC if before.sync else ())):
         for field, old, new in _leaves(name, attrgetter(name)(before), attrgetter(name)(config)):
-            require(new == old, field, new, f"{old!r}, as in the run to be resumed")
+            # The states of actors and refiners are kept by index, hence by the order of their kinds.
+            same = new == old and (not isinstance(old, dict) or list(new) == list(old))
+            require(same, field, new, f"{old!r}, as in the run to be resumed")
     added = has_teacher(config) and not has_teacher(before)
     require(not added, "actor.kinds", config.actor.kinds, "no teacher, as in the run to be resumed")
 

@@ -13,7 +13,7 @@ from driftstream.eval.monitor import MonitorConfig
 class SupervisorConfig:
     """How roles are watched: a silent or hung one is killed, a dead one (seen at once) restarted, within a budget.
 
-    An actor or refiner hangs when one batch or cycle takes it longer than `hang_timeout_s`.
+    An actor or refiner hangs when for `hang_timeout_s` it neither ends a batch or cycle nor asks the target.
     """
 
     heartbeat_s: float = 0.5

@@ -11,7 +11,7 @@ import torch
 
 from driftstream.actors.actor import Actor, run_actor
 from driftstream.actors.context import ActorContext, AskReplayed, no_replay
-from driftstream.actors.kinds import expand_kinds, short_name
+from driftstream.actors.kinds import blaming, expand_kinds, is_built_in, short_name
 from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.refiner import Refiner, run_refiner
 from driftstream.actors.registry import load_actor, load_refiner, make_options
@@ -117,7 +117,10 @@ def _make_actor(
         teacher,
         ask_replayed=ask_replayed,
     )
-    return Actor(name, actor_class(make_options(actor_class.Options, values, f"actor.options.{name}")), context)
+    options = make_options(actor_class.Options, values, f"actor.options.{name}")
+    with blaming(f"actor {name}", is_built_in(actor_class)):
+        explorer = actor_class(options)
+    return Actor(name, explorer, context)
 
 
 def policy_device(policy: DiffusionPolicy) -> torch.device:
@@ -135,7 +138,8 @@ def build_refiner(config: RunConfig, seed: int, index: int = 0) -> Refiner:
     if kind != "mala":
         values = config.refiner.options.get(name, {})
         options = make_options(refiner_class.Options, values, f"refiner.options.{name}")
-    return refiner_class(build_target(config, device), options, generator)
+    with blaming(f"refiner {name}", is_built_in(refiner_class)):
+        return refiner_class(build_target(config, device), options, generator)
 
 
 def build_evaluator(config: RunConfig, seed: int | None = None) -> Evaluator:
@@ -178,8 +182,10 @@ def run_role(role: str, config: RunConfig, context: RoleContext) -> None:
             on_policy_actors,
         )
     elif role == "actor":
+        context.turn()  # from here on a plug-in's code may hang
         run_actor(context, build_actor(config, context.seed, context.index), config.stream)
     elif role == "refiner":
+        context.turn()
         run_refiner(context, build_refiner(config, context.seed, context.index), config.stream)
     elif role == "evaluator":
         run_evaluator(context, build_evaluator(config))

@@ -156,7 +156,7 @@ class Supervisor:
             elif role.silence_s(now) > settings.heartbeat_timeout_s:
                 role.kill(f"silent for {role.silence_s(now):.1f} s (--supervisor.heartbeat-timeout-s)")
             elif role.turn_s > settings.hang_timeout_s:
-                role.kill(f"hung: no batch in {role.turn_s:.1f} s (--supervisor.hang-timeout-s)")
+                role.kill(f"hung: no sign of work for {role.turn_s:.1f} s (--supervisor.hang-timeout-s)")
         code = role.collect()
         if code is not None:
             self._on_end(role, code, now)

@@ -27,7 +27,10 @@ from driftstream.learner.teacher import Teacher, TeacherConfig, teacher_policy
 
 Metrics = dict[str, Tensor | float]
 STUDENT = "explore"
-"""The kind of actor that rolls the student out. Beside a teacher its ends are not replayed: they are seen anyway."""
+"""The kind of actor that rolls the student out."""
+GUIDED_STEPS = 1000
+"""Beside a teacher the student's own ends are not replayed, as they are seen anyway, unless for so many steps no other
+actor has sent any."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Learner:
         self.replay = self.refined if only_seeds else self.terminals
         self.limiter = RateLimiter(replay.ratio, replay.minimum)
         self._log_z_started = False
+        self._guided_at = 0
         self.step = 0
         self.skipped = 0
         self.rejected = 0
@@ -122,7 +126,7 @@ class Learner:
         """Energy and gradient evaluations of the whole run so far: actors', refiners' and the learner's own."""
         return self.actor_calls + self.target.calls
 
-    def learn_fresh(self, batch: TensorDict, progress: float, kind: str = "explore") -> Metrics | None:
+    def learn_fresh(self, batch: TensorDict, progress: float, kind: str = STUDENT) -> Metrics | None:
         """Update from a batch of trajectories, and keep their terminal states for replay and seeding.
 
         `kind` says of which kind the actor is that made it. An objective that is trained on replay alone has no use for
@@ -130,12 +134,18 @@ class Learner:
         (None).
         """
         states, log_reward = batch["states"], batch["log_reward"]
-        novelty = self.statistics.novelty(kind, states[:, -1], self.terminals)
+        known = self.replay if len(self.replay) else self.terminals
+        novelty = self.statistics.novelty(kind, states[:, -1], known)
         paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
         metrics, residual = self._learn_fresh(paths, progress)
-        if self.teacher is None or kind != STUDENT:
+        if kind != STUDENT:
+            self._guided_at = self.step
+        guided = (
+            self.teacher is not None and self.replay is self.terminals and self.step - self._guided_at < GUIDED_STEPS
+        )
+        if kind != STUDENT or not guided:
             self.terminals.add(states[:, -1], log_reward, residual)
-        self.statistics.add(kind, log_reward, residual, novelty)
+        self.statistics.add(kind, log_reward, residual, novelty, trained=metrics is not None)
         return metrics
 
     def _learn_fresh(self, paths: Paths, progress: float) -> tuple[Metrics | None, Tensor | None]:
@@ -240,7 +250,8 @@ class Learner:
         Adam at rate 0.1 would need some ten steps a nat to find it. It is their median, as a first batch may hold
         log weights of -10^3 (funnel, with exploration), which would spoil a mean.
         """
-        if not self._log_z_started:
+        log_weight = log_weight[log_weight.isfinite()] if log_weight.ndim else log_weight
+        if not self._log_z_started and log_weight.numel():
             self._log_z_started = True
             self.log_z.data.copy_(log_weight.median())
             self._level_flow()
@@ -307,6 +318,7 @@ class Learner:
             "average_updates": self.average.updates,
             "rate_limiter": self.limiter.state_dict(),
             "log_z_started": self._log_z_started,
+            "guided_at": self._guided_at,
         }
         return groups, numbers
 
@@ -324,6 +336,7 @@ class Learner:
         self.limiter.load_state_dict(numbers["rate_limiter"])
         self.generator.set_state(groups["random"]["learner"].cpu())
         self._log_z_started = numbers["log_z_started"]
+        self._guided_at = numbers.get("guided_at", 0)
         self.step = numbers["step"]
         self.skipped = numbers["skipped"]
         self.actor_calls = numbers["energy_evaluations"] - self.target.calls

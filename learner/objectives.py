@@ -185,7 +185,8 @@ def teacher_reward(residual: Tensor, weight: float) -> Tensor:
     δ = log R + Σ log P_B - Σ log P_F - log Z is positive where the student samples too little. It is a constant
     to the teacher: detached.
 
-    Source: Kim et al. 2024 (adaptive teachers, arXiv 2410.01432), equation 6.
+    Source: Kim et al. 2024 (adaptive teachers, arXiv 2410.01432), with the constants of its published implementation,
+    which besides leaves out states of low reward; here α log R alone keeps the teacher from them.
     """
     residual = residual.detach()
     return torch.log(1.001 + 0.5 * torch.where(residual > 0, weight, 1.0) * residual.square())

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ class _Kind:
 
     batches: int = 0
     trajectories: int = 0
-    log_rewards: list[Tensor] = field(default_factory=list)
-    residuals: list[Tensor] = field(default_factory=list)
+    residuals: int = 0
+    log_reward_sum: Tensor | float = 0.0
+    residual_sum: Tensor | float = 0.0
     novelty: float | None = None
 
 
@@ -39,14 +40,22 @@ class KindStatistics:
         self._since = time.monotonic()
         self._novelty_due: dict[str, float] = {}
 
-    def add(self, kind: str, log_reward: Tensor, residual: Tensor | None, novelty: float | None = None) -> None:
-        """Count a batch that was trained on: log_reward [B] and residual [B] are averaged over it."""
+    def add(
+        self,
+        kind: str,
+        log_reward: Tensor,
+        residual: Tensor | None,
+        novelty: float | None = None,
+        trained: bool = True,
+    ) -> None:
+        """Count a batch, log_reward [B] and residual [B]; one that was not trained on has no share."""
         entry = self._kinds.setdefault(kind, _Kind())
-        entry.batches += 1
+        entry.batches += trained
         entry.trajectories += len(log_reward)
-        entry.log_rewards.append(log_reward.mean())
+        entry.log_reward_sum = entry.log_reward_sum + log_reward.sum()
         if residual is not None:
-            entry.residuals.append(residual.abs().mean())
+            entry.residuals += len(residual)
+            entry.residual_sum = entry.residual_sum + residual.abs().sum()
         if novelty is not None:
             entry.novelty = novelty
 
@@ -69,11 +78,11 @@ class KindStatistics:
         batches = sum(entry.batches for entry in self._kinds.values())
         for kind, entry in self._kinds.items():
             prefix = f"kind/{kind}"
-            yield f"{prefix}/share", entry.batches / batches
+            yield f"{prefix}/share", entry.batches / max(1, batches)
             yield f"{prefix}/trajectories_per_s", entry.trajectories / seconds
-            yield f"{prefix}/log_reward", float(torch.stack(entry.log_rewards).mean())
+            yield f"{prefix}/log_reward", float(entry.log_reward_sum) / entry.trajectories
             if entry.residuals:
-                yield f"{prefix}/residual", float(torch.stack(entry.residuals).mean())
+                yield f"{prefix}/residual", float(entry.residual_sum) / entry.residuals
             if entry.novelty is not None:
                 yield f"{prefix}/novelty", entry.novelty
 

@@ -1,5 +1,6 @@
 """The adaptive teacher: a second sampler, drawn to where the student's residuals and the target's rewards are high."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,17 +60,23 @@ class Teacher:
         self.log_z = nn.Parameter(torch.zeros((), device=next(policy.parameters()).device))
         self.optimizer = Optimizer(policy, self.log_z, teacher_optim(config, optim))
         self.started = False
+        self.skipped = 0
 
     def learn(self, paths: Paths, residual: Tensor, progress: float) -> Metrics:
         """Update from whole trajectories [B] with the student's residual on each, [B], as a constant."""
         target = teacher_log_reward(residual, paths.log_reward, self.config.alpha, self.config.weight)
         log_pf, log_pb = score_trajectories(self.policy, self.process, paths.states, paths.times, paths.scores)
         if not self.started:
-            self.started = True
-            self.log_z.data.copy_(log_weights(log_pf, log_pb, target).median())
+            log_weight = log_weights(log_pf, log_pb, target).detach()
+            log_weight = log_weight[log_weight.isfinite()]
+            if len(log_weight):
+                self.started = True
+                self.log_z.data.copy_(log_weight.median())
         loss = trajectory_balance(log_pf, log_pb, target, self.log_z)
         norm = self.optimizer.step(loss, progress)
+        self.skipped += not math.isfinite(norm)
         return {
+            "teacher/skipped": self.skipped,
             "teacher/loss": loss.detach(),
             "teacher/log_z": self.log_z.detach(),
             "teacher/grad_norm": norm,

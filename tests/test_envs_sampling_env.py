@@ -191,6 +191,10 @@ def test_faults_of_a_batch_are_named() -> None:
 def test_every_row_of_its_own_times_is_checked() -> None:
     batch = valid_batch()
     times = batch["times"].clone()
-    times[1, 2] = 0.9
+    times[:, 1] = 2.0
     with pytest.raises(TrajectoryError, match="'times' is no grid"):
+        validate_trajectories(batch.clone().set("times", times), dim=2)
+    times = batch["times"].clone()
+    times[1, 2] = 0.9
+    with pytest.raises(TrajectoryError, match="'times' differs between trajectories"):
         validate_trajectories(batch.set("times", times), dim=2)

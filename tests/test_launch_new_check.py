@@ -50,6 +50,7 @@ class NoScores(ExplorationActor):
     def generate(self, context):
         times = context.draw_times()
         states = context.noise(context.batch_size, len(times), 2)
+        states[:, 0] = 0.0
         return make_trajectories(states, times, context.target.target.log_reward(states[:, -1]))
 
 class Meddles(ExplorationActor):
@@ -150,7 +151,7 @@ def failed(found: dict[str, tuple[str, str]]) -> dict[str, str]:
         ("Raises", "schema", ["KeyError: 'nothing'", "plugins.py:12"]),
         ("Undefined", "schema", ["'states'", "not finite"]),
         ("Returns", "schema", ["Tensor", "expected a TensorDict"]),
-        ("TooMany", "schema", ["65 trajectories", "batch_size = 64"]),
+        ("TooMany", "schema", ["65 trajectories", "at most 64"]),
         ("OwnRandomness", "determinism", ["one seed differ", "context.generator"]),
         ("NoScores", "Langevin policy", ["'scores'"]),
         ("NoScores", "energy calls", ["64 points", "0 counted"]),

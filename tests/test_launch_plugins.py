@@ -191,7 +191,9 @@ def test_a_method_and_a_run_give_options_their_values(mine: Path, tmp_path: Path
     assert resumed.actor.options["Mine"] == {"width": 6.0, "way": "down", "greedy": False}
     # Options of a kind that no longer runs go with it.
     assert resolved("--resume run --actors explore:2").actor.options == {}
-    assert resolved("gmm9 --method ./method.toml --actors local_search --data on_policy --refiners 0").actor.count == 1
+    assert resolved("gmm9 --method ./method.toml --actors local_search --refiners 0").actor.count == 1
+    with pytest.raises(ConfigError, match=r"actor\.kinds = .*: expected none, as data = 'on_policy'"):
+        resolved("gmm9 --actors local_search --data on_policy --refiners 0")
     method.write_text("[actor.options.Mien]\nwidth = 5\n")
     with pytest.raises(ConfigError, match=r"actor\.options\.Mien = .*: expected options of a kind that runs"):
         resolved("gmm9 --method ./method.toml")

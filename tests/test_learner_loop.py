@@ -87,7 +87,7 @@ def test_minutes_pass_while_nothing_comes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["refined", "terminals"])
 def test_seeds_are_no_samples_of_the_replay_that_is_trained_on(source: str) -> None:
     replay = ReplayConfig(source=source, prioritization="uniform", minimum=1)
-    learner, actor = make(replay=replay, refiner=RefinerConfig(count=1))
+    learner, actor = make(replay=replay, refiner=RefinerConfig(count=int(source == "refined")))
     assert learner.terminals.config.prioritization == ("rank" if source == "refined" else "uniform")
     assert learner.draw_seeds(3) is None
     learner.learn_fresh(actor.generate(0.0), 0.0)

@@ -19,7 +19,7 @@ from driftstream.eval.distances import wasserstein2
 from driftstream.launch.config import resolve
 from driftstream.launch.methods import load_method
 from driftstream.launch.roles import build_learner, build_local_actors
-from driftstream.learner.learner import Learner
+from driftstream.learner.learner import GUIDED_STEPS, Learner
 from driftstream.learner.losses import Paths
 from driftstream.learner.objectives import log_weights, teacher_log_reward, teacher_reward
 from driftstream.learner.optim import OptimConfig
@@ -129,18 +129,45 @@ def test_a_saved_teacher_goes_on_exactly() -> None:
     assert step(first) == step(second)
 
 
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"objective": {"name": "subtrajectory_balance"}}, "objective.name"),
-        ({"objective": {"segment_length": 2, "name": "detailed_balance"}}, "objective.name"),
-    ],
-)
-def test_what_a_teacher_cannot_learn_from_is_refused(changes: dict, field: str) -> None:
+def test_what_a_teacher_cannot_learn_from_is_refused() -> None:
     method = load_method("teacher").config
-    objective = replace(method.objective, **changes["objective"])
-    with pytest.raises(ConfigError, match=f"^{field} = "):
+    objective = replace(method.objective, name="subtrajectory_balance")
+    with pytest.raises(ConfigError, match=r"^objective.name = "):
         resolve(replace(method, target="gmm9", objective=objective))
+
+
+def test_refiners_beside_a_teacher_are_trained_on() -> None:
+    method = load_method("teacher").config
+    searched = replace(method, target="gmm9", refiner=replace(method.refiner, count=1))
+    assert resolve(searched).replay.source == "refined"
+    idle = replace(searched, replay=replace(method.replay, source="terminals"))
+    with pytest.raises(ConfigError, match=r"^replay.source = 'terminals'"):
+        resolve(idle)
+
+
+def test_the_students_ends_are_replayed_once_no_other_actor_sends_any() -> None:
+    learner = make()
+    batch = rollout(learner.policy, learner.process, learner.target, uniform_grid(6), 4, exploration_std=1.0)
+    learner.learn_fresh(batch, 0.0)
+    assert len(learner.terminals) == 0
+    learner.learn_fresh(batch, 0.0, "teacher")
+    assert len(learner.terminals) == 4
+    learner.step += GUIDED_STEPS
+    learner.learn_fresh(batch, 0.0)
+    assert len(learner.terminals) == 8
+
+
+def test_undefined_weights_do_not_start_the_teachers_log_z() -> None:
+    learner = make()
+    teacher = learner.teacher
+    assert teacher is not None
+    batch = rollout(learner.policy, learner.process, learner.target, uniform_grid(6), 4, exploration_std=1.0)
+    paths = Paths(batch["states"], uniform_grid(6), batch["log_reward"])
+    metrics = teacher.learn(paths, torch.full((4,), torch.nan), 0.0)
+    assert metrics["teacher/skipped"] == 1
+    assert bool(teacher.log_z.isfinite())
+    teacher.learn(paths, torch.ones(4), 0.0)
+    assert teacher.skipped == 1
 
 
 @pytest.mark.parametrize("field", ["alpha", "weight", "rate_factor", "clip_grad_norm"])

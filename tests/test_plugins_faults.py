@@ -64,7 +64,7 @@ def test_actors_that_fail_are_named_restarted_and_done_without(train: Train, tmp
         "Raises": "PluginError: actor Raises raised ZeroDivisionError: division by zero",
         "Wrong": "PluginError: actor Wrong: 'states' has shape [50, 11, 1]: expected [B, T+1 (T >= 1), 2]",
         "Undefined": "PluginError: actor Undefined: 'states' has 2 values that are not finite: expected none",
-        "Hangs": "hung: no batch in",
+        "Hangs": "hung: no sign of work for",
     }
     for name, cause in causes.items():
         first, last = events(text, name)
