@@ -1,4 +1,4 @@
-"""`driftstream bench`: what the objectives cost, and how noisy their gradients are."""
+"""`driftstream bench`: what objectives and the parts of a run cost, and how noisy gradients are."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from rich.table import Table
 from driftstream.envs.errors import require
 from driftstream.eval.bench_gradients import Moment, bench_gradients
 from driftstream.eval.bench_objectives import Update, UpdateTime, peak_bytes, time_updates
+from driftstream.launch.bench_speed import speed
 from driftstream.launch.config import RunConfig, resolve
 from driftstream.launch.flags import BenchFlags, UsageError
 from driftstream.launch.methods import load_method
@@ -47,9 +48,16 @@ def run(flags: BenchFlags) -> int:
     least = 3 if flags.what == "gradients" else 1
     if flags.repeats is not None and flags.repeats < least:
         raise UsageError(f"--repeats {flags.repeats}: expected at least {least}")
+    if flags.what in ("gradients", "objectives") and flags.langevin:
+        raise UsageError(f"--langevin: `bench {flags.what}` has no Langevin policies")
     torch.set_num_threads(1)
     with Console(stderr=True).status(f"bench {flags.what}") as status:
-        result, tables = gradients(flags) if flags.what == "gradients" else objectives(flags)
+        if flags.what == "gradients":
+            result, tables = gradients(flags)
+        elif flags.what == "objectives":
+            result, tables = objectives(flags)
+        else:
+            result, tables = speed(flags, status.update)
         status.stop()
     if flags.json:
         print(json.dumps(result, allow_nan=False))
@@ -115,7 +123,7 @@ def _base(flags: BenchFlags, target: str) -> RunConfig:
         device="cpu",
         grid=replace(config.grid, sampling_steps=flags.sampling_steps),
         learner=replace(config.learner, batch_size=batch_size),
-        objective=replace(config.objective, lam=flags.lam),
+        objective=replace(config.objective, lam=2.0 if flags.lam is None else flags.lam),
     )
 
 

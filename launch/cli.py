@@ -30,6 +30,7 @@ Train diffusion samplers for densities known up to their normaliser.
   driftstream check my_actor.py:MyActor       whether it does what a run expects
   driftstream bench gradients                 how noisy the objectives' gradients are
   driftstream bench objectives                what the objectives cost
+  driftstream bench all                       what the parts of a run cost, beside what they must cost
 
 `driftstream COMMAND --help` lists a command's flags.
 """

@@ -149,28 +149,37 @@ class ListFlags:
 
 @dataclass(frozen=True)
 class BenchFlags:
-    """Measure what the objectives cost and how noisy their gradients are, on the CPU in one thread.
+    """Measure what the parts of a run cost, or how noisy the objectives' gradients are, on the CPU in one thread.
 
-    gradients trains a sampler and tabulates every objective's gradient noise at equal cost, before and after;
-    objectives tabulates seconds and peak memory of one update.
+    rollout, update, mala, replay, weights and stream are each measured beside a floor, what they cannot do without,
+    and some beside a naive way of doing the same; all is these six. gradients trains a sampler and tabulates every
+    objective's gradient noise at equal cost, before and after; objectives tabulates seconds and peak memory of one
+    update.
     """
 
-    what: Annotated[Literal["gradients", "objectives"], Positional]
-    """gradients or objectives."""
-    target: Annotated[str | None, arg(metavar="TARGET", help_behavior_hint="(default: gmm9; manywell)")] = None
+    what: Annotated[
+        Literal["gradients", "objectives", "rollout", "update", "mala", "replay", "weights", "stream", "all"],
+        Positional,
+    ]
+    """rollout, update, mala, replay, weights, stream, all, gradients or objectives."""
+    target: Annotated[str | None, arg(metavar="TARGET", help_behavior_hint="(default: manywell; gradients: gmm9)")] = (
+        None
+    )
     """Name of a target, or path/file.py:Class."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 500)")] = None
+    langevin: bool = False
+    """Langevin policies (default target: gmm25)."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(gradients, default: 500)")] = None
     """Updates of training before the second table of gradients."""
-    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 100; 300)")] = None
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 300; gradients: 100)")] = None
     """Trajectories of a gradient or update."""
     sampling_steps: Annotated[int, arg(metavar="N")] = 100
     """Steps of the diffusion, T."""
     segment_length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: T/5)")] = None
-    """Transitions of a segment."""
-    repeats: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: 64; 20)")] = None
-    """Gradients, or timed updates, of every objective."""
-    lam: Annotated[float, arg(metavar="X")] = 2.0
-    """The λ of subtrajectory balance."""
+    """Transitions of a segment, for gradients and objectives."""
+    repeats: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: 20; gradients: 64)")] = None
+    """Gradients, or timed rounds, of everything that is compared."""
+    lam: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 2)")] = None
+    """The λ of subtrajectory balance, for gradients and objectives."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Seed of the networks and of every draw."""
     json: bool = False
