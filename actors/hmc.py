@@ -9,16 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from driftstream.actors.mala import (
-    MalaInfo,
-    MalaState,
-    Refinement,
-    adapt_step_size,
-    finite_chains,
-    gather,
-    mala_init,
-    metropolis,
-)
+from driftstream.actors.mala import MalaInfo, MalaState, Refinement, mala_init, metropolis, run_chains
 from driftstream.actors.refiner import ChainRefiner
 from driftstream.envs.errors import require
 from driftstream.envs.targets import CountedTarget, Target
@@ -97,7 +88,6 @@ def hmc_step(
     return metropolis(state, end, log_accept, generator)
 
 
-@torch.no_grad()
 def run_hmc(
     seeds: Tensor,
     target: Target | CountedTarget,
@@ -105,26 +95,13 @@ def run_hmc(
     step_size: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Refinement:
-    """Run one cycle of chains from `seeds [C, D]` and keep the end points accepted after burn-in.
+    """One cycle of HMC from `seeds [C, D]`: `run_chains` of `hmc_step`, its step size jittered at every trajectory."""
 
-    `step_size` continues the adaptation of an earlier cycle (default: the configured initial one). Seeds whose
-    log reward is not finite are left out. The step size adapts during burn-in only, so that the kept states
-    come from a kernel that leaves the target invariant.
-    """
-    step_size = config.initial_step_size if step_size is None else step_size
-    state = finite_chains(seeds, target)
-    kept: list[tuple[Tensor, Tensor]] = []
-    rates: list[float] = []
-    for step in range(config.mcmc_steps if len(state.x) else 0):
+    def move(state: MalaState, size: float) -> tuple[MalaState, MalaInfo]:
         offset = 2.0 * torch.rand((), generator=generator, device=seeds.device).item() - 1.0
-        jittered = step_size * (1.0 + config.jitter * offset)
-        state, info = hmc_step(state, target, jittered, config.leapfrog_steps, generator)
-        if step < config.burn_in:
-            step_size = adapt_step_size(step_size, info.acceptance_rate, config.target_acceptance)
-        else:
-            rates.append(info.acceptance_rate)
-            kept.append((state.x[info.accepted], state.log_reward[info.accepted]))
-    return gather(seeds, kept, step_size, rates)
+        return hmc_step(state, target, size * (1.0 + config.jitter * offset), config.leapfrog_steps, generator)
+
+    return run_chains(seeds, target, config, step_size, move)
 
 
 class HmcRefiner(ChainRefiner):

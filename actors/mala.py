@@ -4,8 +4,9 @@ Source: Roberts & Tweedie 1996; Sendera et al. 2024 (arXiv 2402.05098), algorith
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -160,7 +161,47 @@ def gather(
     return Refinement(terminal, log_reward, step_size, sum(rates) / max(len(rates), 1))
 
 
+class CycleConfig(Protocol):
+    """What a cycle of chains needs of its configuration."""
+
+    @property
+    def mcmc_steps(self) -> int: ...
+    @property
+    def burn_in(self) -> int: ...
+    @property
+    def initial_step_size(self) -> float: ...
+    @property
+    def target_acceptance(self) -> float: ...
+
+
 @torch.no_grad()
+def run_chains(
+    seeds: Tensor,
+    target: Target | CountedTarget,
+    config: CycleConfig,
+    step_size: float | None,
+    move: Callable[[MalaState, float], tuple[MalaState, MalaInfo]],
+) -> Refinement:
+    """Run one cycle of a kernel, `move(state, step size)`, from `seeds [C, D]`; keep what is accepted after burn-in.
+
+    `step_size` continues the adaptation of an earlier cycle (None: the configured initial one). Seeds whose log
+    reward is not finite are left out. The step size adapts during burn-in only, so that the kept states come from a
+    kernel that leaves the target invariant.
+    """
+    step_size = config.initial_step_size if step_size is None else step_size
+    state = finite_chains(seeds, target)
+    kept: list[tuple[Tensor, Tensor]] = []
+    rates: list[float] = []
+    for step in range(config.mcmc_steps if len(state.x) else 0):
+        state, info = move(state, step_size)
+        if step < config.burn_in:
+            step_size = adapt_step_size(step_size, info.acceptance_rate, config.target_acceptance)
+        else:
+            rates.append(info.acceptance_rate)
+            kept.append((state.x[info.accepted], state.log_reward[info.accepted]))
+    return gather(seeds, kept, step_size, rates)
+
+
 def run_mala(
     seeds: Tensor,
     target: Target | CountedTarget,
@@ -168,21 +209,9 @@ def run_mala(
     step_size: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Refinement:
-    """Run one cycle of chains from `seeds [C, D]` and keep the states accepted after burn-in.
+    """One cycle of MALA from `seeds [C, D]`: `run_chains` of `mala_step`."""
 
-    `step_size` continues the adaptation of an earlier cycle (default: the configured initial one). Seeds whose
-    log reward is not finite are left out. The step size adapts during burn-in only, so that the kept states
-    come from a kernel that leaves the target invariant.
-    """
-    step_size = config.initial_step_size if step_size is None else step_size
-    state = finite_chains(seeds, target)
-    kept: list[tuple[Tensor, Tensor]] = []
-    rates: list[float] = []
-    for step in range(config.mcmc_steps if len(state.x) else 0):
-        state, info = mala_step(state, target, step_size, config.beta, generator)
-        if step < config.burn_in:
-            step_size = adapt_step_size(step_size, info.acceptance_rate, config.target_acceptance)
-        else:
-            rates.append(info.acceptance_rate)
-            kept.append((state.x[info.accepted], state.log_reward[info.accepted]))
-    return gather(seeds, kept, step_size, rates)
+    def move(state: MalaState, size: float) -> tuple[MalaState, MalaInfo]:
+        return mala_step(state, target, size, config.beta, generator)
+
+    return run_chains(seeds, target, config, step_size, move)

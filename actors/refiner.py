@@ -1,5 +1,6 @@
 """Refiners: chains from the learner's terminal states, as components and as a process."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -41,7 +42,7 @@ class RefinerConfig:
         check_kinds(self.kinds, "refiner.kinds")
 
 
-class Refiner:
+class Refiner(ABC):
     """Base class of refiners: one cycle after another, from the states that the learner hands out.
 
     `Options` is a frozen dataclass whose fields are flags, or None. What carries over from cycle to cycle is
@@ -61,9 +62,9 @@ class Refiner:
         """How many states a cycle starts from."""
         return int(getattr(self.options, "chains", CHAINS))
 
+    @abstractmethod
     def refine(self, seeds: Tensor) -> Refinement:
         """States better spread over the target than `seeds [C, D]`, with their log rewards; any number of them."""
-        raise NotImplementedError
 
     def run_cycle(self, seeds: Tensor) -> Refinement:
         """`refine`, with what it returns checked.

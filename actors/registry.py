@@ -44,7 +44,7 @@ def load_actor(kind: str) -> type[ExplorationActor]:
 
 def load_refiner(kind: str) -> type[Refiner]:
     """The class of a refiner kind, as `load_actor`; ConfigError for what is no Refiner."""
-    return _load(kind, Refiner, REFINERS, REFINER_GROUP, "refiner")
+    return _load(kind, Refiner, REFINERS, REFINER_GROUP, "refiner")  # type: ignore[type-abstract]
 
 
 def actor_names() -> list[str]:
