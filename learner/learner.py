@@ -198,19 +198,18 @@ class Learner:
 
     def draw_seeds(self, n: int) -> tuple[Tensor, Tensor] | None:
         """Terminal states `[n, D]` for a refiner, with their log rewards; None while there are none."""
-        if not len(self.terminals):
-            return None
-        seeds = self.terminals.sample(n)
-        self.terminals.sampled -= n  # `samples_per_insert` is of what is trained on
-        return seeds
+        return self._draw(self.terminals, n)
 
     def draw_replayed(self, n: int) -> tuple[Tensor, Tensor] | None:
         """States `[n, D]` of what is replayed, or of the actors' where that is empty; None while there are none."""
-        memory = self.replay if len(self.replay) else self.terminals
+        return self._draw(self.replay if len(self.replay) else self.terminals, n)
+
+    @staticmethod
+    def _draw(memory: TerminalReplay, n: int) -> tuple[Tensor, Tensor] | None:
         if not len(memory):
             return None
         drawn = memory.sample(n)
-        memory.sampled -= n
+        memory.sampled -= n  # `samples_per_insert` is of what is trained on
         return drawn
 
     def _update(self, paths: Paths, progress: float) -> tuple[Metrics, Tensor | None]:

@@ -1,7 +1,7 @@
 """The adaptive teacher: a second sampler, drawn to where the student's residuals and the target's rewards are high."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +105,14 @@ class Teacher:
 
 def teacher_policy(config: PolicyConfig) -> PolicyConfig:
     """The teacher's networks: the student's, but for a learned P_B and a state flow."""
-    return PolicyConfig(**{**vars(config), "learned_backward": False, "state_flow": "none"})
+    return replace(config, learned_backward=False, state_flow="none")
 
 
 def teacher_optim(config: TeacherConfig, optim: OptimConfig) -> OptimConfig:
     """The teacher's optimiser: the student's schedule at its own rates and clipping."""
-    own = {
-        "learning_rate": config.rate_factor * optim.learning_rate,
-        "log_z_learning_rate": config.log_z_learning_rate,
-        "clip_grad_norm": config.clip_grad_norm,
-    }
-    return OptimConfig(**{**vars(optim), **own})
+    return replace(
+        optim,
+        learning_rate=config.rate_factor * optim.learning_rate,
+        log_z_learning_rate=config.log_z_learning_rate,
+        clip_grad_norm=config.clip_grad_norm,
+    )
