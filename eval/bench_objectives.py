@@ -3,14 +3,12 @@
 import ctypes
 import gc
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from driftstream.eval.bench_gradients import draw_paths, sampling_steps
+from driftstream.eval.bench_rounds import quartiles, time_rounds
 from driftstream.learner.learner import Learner
 from driftstream.learner.losses import Paths, path_loss
 
@@ -56,24 +54,12 @@ class Update:
 
 
 def time_updates(updates: Mapping[str, Update], repeats: int) -> dict[str, UpdateTime]:
-    """Time `repeats` rounds of one update each, after a round that is not counted.
-
-    What slows the machine for a while slows all of a round, and every round starts with another objective.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in updates}
-    names = list(updates)
-    for index in range(repeats + 1):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
-            updates[name]()
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-    probabilities = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    """Time `repeats` rounds of one update each (`time_rounds`)."""
+    seconds = time_rounds(updates, repeats)
     times = {}
     for name, update in updates.items():
-        quartiles = torch.tensor(seconds[name], dtype=torch.float64).quantile(probabilities)
-        times[name] = UpdateTime(update.transitions, *quartiles.tolist())
+        found = quartiles(seconds[name])
+        times[name] = UpdateTime(update.transitions, found.lower, found.median, found.upper)
     return times
 
 
