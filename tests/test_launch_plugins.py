@@ -67,6 +67,9 @@ class Needed:
 class Deep(Refiner):
     Options = Needed
 
+    def refine(self, seeds):
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Several:
