@@ -75,8 +75,8 @@ class ActorContext:
     ask_replayed: AskReplayed = no_replay
 
     def draw_times(self) -> Tensor:
-        """The grid `[T+1]` of the next batch: the run's, newly drawn where it is random."""
-        return make_grid(self.grid, generator=self.generator, device=self.generator.device)
+        """The grid `[T+1]` of the next batch: the run's at its present progress, newly drawn where it is random."""
+        return make_grid(self.grid, self.generator, self.generator.device, progress=self.progress)
 
     def noise(self, *shape: int) -> Tensor:
         """Standard normal numbers of the given shape."""

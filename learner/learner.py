@@ -161,7 +161,7 @@ class Learner:
     def learn_replayed(self, progress: float) -> Metrics:
         """Update from replayed terminal states with freshly drawn backward paths."""
         terminal, log_reward = self.replay.sample(self.config.batch_size)
-        times = make_grid(self.grid, generator=self.generator, device=self.device)
+        times = self._draw_times(progress)
         states = rollout_backward(self.policy, self.process, terminal, times, self.generator)
         paths = self._cut(Paths(states, times, log_reward))
         if self.policy.langevin:
@@ -177,24 +177,28 @@ class Learner:
 
         Those whose log weight is not finite are counted as rejected and left out; without any the step is skipped.
         """
-        loss, log_weight = self.pathwise_loss(self.config.batch_size)
+        loss, log_weight = self.pathwise_loss(self.config.batch_size, progress)
         self.rejected += self.config.batch_size - len(log_weight)
         self._follow_log_z(log_weight.mean())
         extra: Metrics = {}
         if self._measures_gradient():
             parts = self.config.grad_variance_parts
-            losses = (self.pathwise_loss(self.config.batch_size // parts)[0] for _ in range(parts))
+            share = self.config.batch_size // parts
+            losses = (self.pathwise_loss(share, progress)[0] for _ in range(parts))
             extra["train/grad_variance"] = gradient_variance([self._gradient(part) for part in losses])
         return self._descend(loss, progress) | extra
 
-    def pathwise_loss(self, batch_size: int) -> tuple[Tensor, Tensor]:
+    def pathwise_loss(self, batch_size: int, progress: float = 1.0) -> tuple[Tensor, Tensor]:
         """Reverse KL of new trajectories, differentiable in the policy, and their finite log weights, detached."""
-        times = make_grid(self.grid, generator=self.generator, device=self.device)
+        times = self._draw_times(progress)
         log_weight = pathwise_log_weight(
             self.policy, self.process, self.target, times, batch_size, self.rollout, self.generator
         )
         log_weight = log_weight[log_weight.detach().isfinite()]
         return -log_weight.mean(), log_weight.detach()
+
+    def _draw_times(self, progress: float) -> Tensor:
+        return make_grid(self.grid, self.generator, self.device, progress=progress)
 
     def draw_seeds(self, n: int) -> tuple[Tensor, Tensor] | None:
         """Terminal states `[n, D]` for a refiner, with their log rewards; None while there are none."""
@@ -225,7 +229,7 @@ class Learner:
             if share:
                 gradients = [self._gradient(self._loss(part)[0]) for part in parts]
                 extra["train/grad_variance"] = gradient_variance(gradients)
-        if self.teacher is not None and residual is not None:
+        if self.teacher is not None and residual is not None and self.step % self.teacher.config.every == 0:
             extra |= self.teacher.learn(paths, residual, progress)
         return self._descend(loss, progress) | extra, residual
 

@@ -22,7 +22,8 @@ class TeacherConfig:
     """What the teacher is rewarded for, and how fast it learns.
 
     Its log reward is log R_T + `alpha` log R, where R_T grows with the student's squared residual, `weight` times as
-    much where the student samples too little. `rate_factor` multiplies the student's learning rate.
+    much where the student samples too little. It learns at every `every`-th step of the learner, and `rate_factor`
+    multiplies the student's learning rate.
     """
 
     alpha: float = 0.5
@@ -30,8 +31,10 @@ class TeacherConfig:
     rate_factor: float = 5.0
     log_z_learning_rate: float = 1e-1
     clip_grad_norm: float = 100.0
+    every: int = 1
 
     def __post_init__(self) -> None:
+        require(self.every >= 1, "teacher.every", self.every, "at least 1 learner step")
         for name in ("alpha", "clip_grad_norm"):
             require(getattr(self, name) >= 0, f"teacher.{name}", getattr(self, name), "a number >= 0")
         for name in ("weight", "rate_factor", "log_z_learning_rate"):

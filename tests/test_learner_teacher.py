@@ -105,6 +105,14 @@ def test_replay_by_loss_holds_the_residuals_of_the_last_visit() -> None:
     assert float(before[changed].mean()) > float(before[~changed].mean())
 
 
+def test_a_teacher_may_learn_at_every_nth_step_only() -> None:
+    learner = make(teacher=TeacherConfig(every=3))
+    assert learner.teacher is not None
+    batch = rollout(learner.policy, learner.process, learner.target, uniform_grid(6), 4, exploration_std=1.0)
+    learned = ["teacher/loss" in (learner.learn_fresh(batch, 0.0) or {}) for _ in range(7)]
+    assert learned == [True, False, False, True, False, False, True]
+
+
 def test_published_weights_hold_both_samplers() -> None:
     learner = make()
     assert learner.teacher is not None
