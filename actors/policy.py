@@ -1,11 +1,13 @@
 """The networks of a sampler: forward policy P_F, backward policy P_B and state flow (PIS architecture)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from driftstream.actors.fused import Layer, StepNetwork, is_plain, joint_network
 from driftstream.envs.errors import require
 
 
@@ -84,11 +86,25 @@ class StateTimeNet(nn.Module):
         _zero(self.joint_net[-1])
 
     def embed(self, t: Tensor) -> Tensor:
-        """Embedding `[T, H]` of the times `t [T]`."""
-        return self.time_net(self.time_features(t))
+        """Embedding `[T, H]` of the times `t [T]`, with the bias of the states' layer."""
+        return self.time_net(self.time_features(t)) + self.state_net.bias
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.joint_net(self.state_net(x) + embedding)
+        if is_plain(self, x) and torch.broadcast_shapes(x.shape[:-1], embedding.shape[:-1]) == x.shape[:-1]:
+            return joint_network(x, embedding, self.state_net.weight, self._layers())
+        return self.joint_net(nn.functional.linear(x, self.state_net.weight) + embedding)
+
+    def by_steps(self, embedding: Tensor, rows: int) -> Callable[[Tensor, int], Tensor]:
+        """The network for rollouts of so many rows, without gradient: `(x [B, D], n) -> [B, outputs]`.
+
+        Step n is that of `embedding[n]`. What it returns is valid until the next call.
+        """
+        if is_plain(self, embedding.detach()):
+            return StepNetwork(embedding, self.state_net.weight, self._layers(), rows)
+        return lambda x, n: self(x, embedding[n])
+
+    def _layers(self) -> list[Layer]:
+        return [(layer.weight, layer.bias) for layer in self.joint_net if isinstance(layer, nn.Linear)]
 
 
 @dataclass(frozen=True)
@@ -158,17 +174,25 @@ class DiffusionPolicy(nn.Module):
         Returns:
             `(drift [..., D], log_var [..., D] or None)`. Gradients flow to the parameters, to `x` and to `score`.
         """
-        out = self.forward_net(x, embedding.hidden)
+        return self.drift(self.forward_net(x, embedding.hidden), embedding.langevin_scale, score)
+
+    def drift(
+        self, out: Tensor, langevin_scale: Tensor | None, score: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` from the output `out [..., outputs]` of `forward_net`, and the embedding's `langevin_scale`.
+
+        `out` may be overwritten.
+        """
         drift, log_var = out, None
         if self.learned_variance:
             drift, raw = out.chunk(2, dim=-1)
             log_var = self.config.log_var_range * raw.tanh()
         if self.langevin:
-            if score is None or embedding.langevin_scale is None:
+            if score is None or langevin_scale is None:
                 raise ValueError("policy.langevin = true: the policy needs the score of the target at x")
             clip = self.config.score_clip
-            drift = drift + embedding.langevin_scale * score.clamp(-clip, clip)
-        return drift.clamp(-self.config.drift_clip, self.config.drift_clip), log_var
+            drift = torch.addcmul(drift, langevin_scale, score.clamp(-clip, clip))
+        return _clip(drift, self.config.drift_clip), log_var
 
     def backward_factors(self, x: Tensor, embedding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Factors of P_B's contraction and variance at states `x [..., D]` after a step, each like `x`, near 1.
@@ -178,12 +202,24 @@ class DiffusionPolicy(nn.Module):
         """
         if self.backward_net is None or embedding is None:
             return None, None
-        mean, variance = (1.0 + self.config.backward_scale * self.backward_net(x, embedding).tanh()).chunk(2, dim=-1)
+        return self.factors(self.backward_net(x, embedding))
+
+    def factors(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """`backward_factors` from the output `out [..., 2 D]` of `backward_net`."""
+        mean, variance = (1.0 + self.config.backward_scale * out.tanh()).chunk(2, dim=-1)
         return mean, variance
 
     def embed_backward(self, t: Tensor) -> Tensor | None:
         """Embedding `[T, H]` for `backward_factors` of the times `t [T]` at which steps end; None for a fixed P_B."""
         return None if self.backward_net is None else self.backward_net.embed(t)
+
+
+def _clip(values: Tensor, limit: float) -> Tensor:
+    """`values` within ±limit, where gradients pass; overwritten where none are wanted."""
+    if torch.is_grad_enabled():
+        # The way back of `clamp` makes three passes over the values, that of `hardtanh` one.
+        return nn.functional.hardtanh(values, -limit, limit)
+    return values.clamp_(-limit, limit)
 
 
 def _zero(layer: nn.Module, bias: float = 0.0) -> None:

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy
-from driftstream.envs.processes import DiffusionProcess
+from driftstream.envs.processes import DiffusionProcess, Kernels
 from driftstream.envs.targets import CountedTarget, Target
 from driftstream.envs.trajectory import make_trajectories
 
@@ -63,19 +63,24 @@ def roll_forward(
     """
     sampling_steps, (batch_size, dim) = len(times) - 1, start.shape
     embedding = policy.embed_times(times[:-1])
+    network = policy.forward_net.by_steps(embedding.hidden, batch_size)
     states = times.new_empty(batch_size, sampling_steps + 1, dim)
     scores = times.new_empty(batch_size, sampling_steps, dim) if policy.langevin else None
-    x = states[:, 0] = start
+    scales = None if embedding.langevin_scale is None else embedding.langevin_scale.unbind()
+    score = scale = None
+    noise = start.new_empty(batch_size, dim)
+    x, columns = start, states.unbind(1)
+    columns[0].copy_(x)
     for n, step in enumerate(process.steps(times)):
-        score = None
-        if scores is not None:
-            score = scores[:, n] = target.score(x)
-        drift, log_var = policy(x, embedding[n], score)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if scores is not None and scales is not None:
+            score, scale = target.score(x), scales[n]
+            scores[:, n] = score
+        drift, log_var = policy.drift(network(x, n), scale, score)
+        noise.normal_(generator=generator)
         if (drift_scale, noise_scale) != (1.0, 1.0):
             drift, step = drift_scale * drift, step._replace(variance=noise_scale * step.variance)
         x = process.step(x, drift, step, noise, log_var=log_var, extra_variance=exploration_std**2)
-        states[:, n + 1] = x
+        columns[n + 1].copy_(x)
     return states, scores
 
 
@@ -92,14 +97,15 @@ def rollout_backward(
     A fixed P_B needs no network (`DiffusionProcess.sample_bridge`); a learned one is run step by step.
     """
     embedding = policy.embed_backward(times[1:])
-    if embedding is None:
+    if policy.backward_net is None or embedding is None:
         return process.sample_bridge(terminal, times, generator)
+    network = policy.backward_net.by_steps(embedding, len(terminal))
     x = terminal
     states = [x]
     for n, step in reversed(list(enumerate(process.steps(times)))):
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         if step.back_variance:
-            x = process.step_back(x, step, noise, *policy.backward_factors(x, embedding[n]))
+            x = process.step_back(x, step, noise, *policy.factors(network(x, n)))
         else:
             x = torch.zeros_like(x)
         states.append(x)
@@ -129,10 +135,12 @@ def score_trajectories(
     Source: Sendera et al. 2024 (arXiv 2402.05098), section 2.
     """
     forward, backward = policy.embed_times(times[:-1]), policy.embed_backward(times[1:])
+    kernels = process.kernels_like(times, states)
     if index is not None:
-        times = times[index]
+        times, kernels = times[index], Kernels(*(part[index[:, :-1]] for part in kernels))
         forward = forward[index[:, :-1]]
         backward = None if backward is None else backward[index[:, 1:] - 1]
     drift, log_var = policy(states[:, :-1], forward, scores)
     factors = policy.backward_factors(states[:, 1:], backward)
-    return process.log_pf(states, times, drift, log_var), process.log_pb(states, times, *factors)
+    log_pf = process.log_pf(states, times, drift, log_var, kernels)
+    return log_pf, process.log_pb(states, times, *factors, kernels)

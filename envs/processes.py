@@ -16,10 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from driftstream.envs.densities import log_normal, log_steps
 from driftstream.envs.errors import ConfigError, require
 from driftstream.envs.schedules import SCHEDULES, Schedule, clock
-
-LOG_2PI = math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class DiffusionProcess(ABC):
         """Log density of initial states [..., D] -> [...]; 0 where they are certain."""
         if not self.prior_std:
             return x.new_zeros(x.shape[:-1])
-        return _log_normal(x.square().sum(-1), x.new_tensor(self.prior_std**2), x.shape[-1])
+        return log_normal(x.square().sum(-1), x.new_tensor(self.prior_std**2), x.shape[-1])
 
     def step(
         self,
@@ -133,8 +132,8 @@ class DiffusionProcess(ABC):
         mean = torch.add(kept, drift, alpha=step.gain)
         extra = extra_variance * step.gain
         if log_var is None:
-            return torch.add(mean, noise, alpha=math.sqrt(step.variance + extra))
-        return torch.addcmul(mean, (step.variance * log_var.exp() + extra).sqrt(), noise)
+            return mean.add_(noise, alpha=math.sqrt(step.variance + extra))
+        return mean.addcmul_((step.variance * log_var.exp() + extra).sqrt(), noise)
 
     def step_back(
         self,
@@ -149,22 +148,22 @@ class DiffusionProcess(ABC):
         std = math.sqrt(step.back_variance)
         return mean + (noise * std if variance_factor is None else noise * std * variance_factor.sqrt())
 
-    def log_pf(self, states: Tensor, times: Tensor, drift: Tensor, log_var: Tensor | None = None) -> Tensor:
+    def log_pf(
+        self,
+        states: Tensor,
+        times: Tensor,
+        drift: Tensor,
+        log_var: Tensor | None = None,
+        kernels: Kernels | None = None,
+    ) -> Tensor:
         """log P_F of every step: states [B, T+1, D], drift and log_var [B, T, D] -> [B, T].
 
-        The first step from t = 0 includes the log density of x_0 in the prior. Gradients flow to states, drift
-        and log_var; trajectories that are data should come detached.
+        The first step from t = 0 includes the log density of x_0 in the prior. `kernels`: those of `times`, where they
+        are known. Gradients flow to states, drift and log_var; trajectories that are data should come detached.
         """
-        kernels = self.kernels_like(times, states)
-        # In place, as a pass over [B, T, D] costs its memory traffic, and a fresh one page faults besides.
-        residual = torch.addcmul(states[:, 1:], states[:, :-1], kernels.keep.unsqueeze(-1), value=-1.0)
-        residual.addcmul_(drift, kernels.gain.unsqueeze(-1), value=-1.0)
-        squares, dim = residual.square(), states.shape[-1]
-        if log_var is None:
-            log_pf = _log_normal(squares.sum(-1), kernels.variance, dim)
-        else:
-            log_pf = _log_normal((squares * torch.exp(-log_var)).sum(-1), kernels.variance, dim)
-            log_pf = log_pf - 0.5 * log_var.sum(-1)
+        keep, gain, variance, *_ = kernels or self.kernels_like(times, states)
+        moved = torch.addcmul(states[:, 1:], states[:, :-1], keep.unsqueeze(-1), value=-1.0)
+        log_pf = log_steps(moved, drift, gain, variance, log_var)
         if self.prior_std:
             starts = (times[..., 0] == 0).to(states.dtype)
             log_pf = torch.cat([log_pf[:, :1] + (starts * self.log_prior(states[:, 0])).unsqueeze(1), log_pf[:, 1:]], 1)
@@ -176,13 +175,14 @@ class DiffusionProcess(ABC):
         times: Tensor,
         mean_factor: Tensor | None = None,
         variance_factor: Tensor | None = None,
+        kernels: Kernels | None = None,
     ) -> Tensor:
         """log P_B of every step: states [B, T+1, D] -> [B, T]; a certain step to x_0 adds exactly 0.
 
         A learned backward policy's factors [B, T, D] multiply the step's contraction (1 - back) x_{n+1} and its
-        variance. Gradients flow to states and factors.
+        variance. `kernels`: those of `times`, where they are known. Gradients flow to states and factors.
         """
-        kernels = self.kernels_like(times, states)
+        kernels = kernels or self.kernels_like(times, states)
         back, variance = kernels.back.unsqueeze(-1), kernels.back_variance
         if mean_factor is None:
             residual = torch.addcmul(states[:, :-1], states[:, 1:], back, value=-1.0)
@@ -194,7 +194,7 @@ class DiffusionProcess(ABC):
             squares = squares / variance_factor
             log_factor = variance_factor.log().sum(-1)
         certain = variance == 0
-        log_pb = _log_normal(squares.sum(-1), variance.masked_fill(certain, 1.0), states.shape[-1])
+        log_pb = log_normal(squares.sum(-1), variance.masked_fill(certain, 1.0), states.shape[-1])
         if log_factor is not None:
             log_pb = log_pb - 0.5 * log_factor
         return log_pb.masked_fill(certain, 0.0)
@@ -253,7 +253,7 @@ class BrownianProcess(DiffusionProcess):
 
     def log_reference(self, states: Tensor, times: Tensor) -> Tensor:
         variance = self.diffusion_variance * self.clock(times)
-        return _log_normal(states.square().sum(-1), variance, states.shape[-1])
+        return log_normal(states.square().sum(-1), variance, states.shape[-1])
 
     def sample_bridge(self, terminal: Tensor, times: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Paths of P_B that end in terminal [B, D]: states [B, T+1, D], drawn without a loop over steps.
@@ -330,8 +330,3 @@ def make_process(config: ProcessConfig) -> DiffusionProcess:
     if config.kind == "brownian":
         return BrownianProcess(scale, *schedule)
     return OrnsteinUhlenbeckProcess(scale, config.noise, config.kind == "dds", *schedule)
-
-
-def _log_normal(squares: Tensor, variance: Tensor, dim: int) -> Tensor:
-    """Log density of an isotropic normal in `dim` dimensions, from squared distances to its mean."""
-    return -0.5 * (squares / variance + dim * (variance.log() + LOG_2PI))

@@ -19,6 +19,7 @@ from driftstream.eval.bench_objectives import Update, UpdateTime, peak_bytes, ti
 from driftstream.launch.bench_speed import speed
 from driftstream.launch.config import RunConfig, resolve
 from driftstream.launch.flags import BenchFlags, UsageError
+from driftstream.launch.heap import keep_heap
 from driftstream.launch.methods import load_method
 from driftstream.launch.roles import build_learner, build_on_policy_actors
 from driftstream.launch.seeding import derive_seed
@@ -50,6 +51,7 @@ def run(flags: BenchFlags) -> int:
         raise UsageError(f"--repeats {flags.repeats}: expected at least {least}")
     if flags.what in ("gradients", "objectives") and flags.langevin:
         raise UsageError(f"--langevin: `bench {flags.what}` has no Langevin policies")
+    keep_heap()
     torch.set_num_threads(1)
     with Console(stderr=True).status(f"bench {flags.what}") as status:
         if flags.what == "gradients":

@@ -10,6 +10,7 @@ from driftstream.actors.refiner import Refiner
 from driftstream.eval.evaluator import final_evaluation
 from driftstream.eval.monitor import Monitor
 from driftstream.launch.config import RunConfig
+from driftstream.launch.heap import keep_heap
 from driftstream.launch.roles import (
     build_evaluator,
     build_learner,
@@ -39,6 +40,7 @@ def train_sync(
     Goes on from the run's newest whole checkpoint, if any. Wall-clock time enters the run only through a limit
     of minutes, so that two runs limited by steps or energy calls write the same checkpoints, bit for bit.
     """
+    keep_heap()
     torch.set_num_threads(config.learner.threads)
     learner = build_learner(config, derive_seed(config.seed, "learner"))
     refiners: list[Refiner] = []

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from driftstream.actors.policy import DiffusionPolicy
+from driftstream.envs.densities import LOG_2PI
 from driftstream.envs.errors import require
-from driftstream.envs.processes import LOG_2PI, DiffusionProcess
+from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget, Target
 
 

@@ -72,8 +72,10 @@ class Optimizer:
         """
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
-        clip = self.config.clip_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, clip))
+        total = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self.config.clip_grad_norm:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, total)
+        norm = float(total)
         # A target's infinite reward is a constant to the gradient, which then tells nothing.
         norm = norm if math.isfinite(loss.detach()) else math.nan
         if math.isfinite(norm):
