@@ -1,6 +1,6 @@
 """The weights frame: versioned weights in one frame, so that a conflating socket can keep just the newest.
 
-A fixed header (magic, schema, tensor count, crc32 of all after it, version, progress, seconds, energy
+A fixed header (magic, schema, tensor count, checksum of all after it, version, progress, seconds, energy
 evaluations), then per tensor its name, dtype and shape, then zero bytes up to a multiple of 8, then its raw
 little-endian data.
 """
@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 from driftstream.buffers.checks import MAX_INTEGER, MAX_NAME_LENGTH, is_integer
+from driftstream.buffers.checksum import checksum
 from driftstream.buffers.wire import (
     Buffer,
     WireError,
     WireLimits,
     byte_view,
-    checksum,
     is_finite,
     tensor_bytes,
     view_tensor,
 )
 
 MAGIC = b"DSTW"
-SCHEMA = 1
+SCHEMA = 2
 ALIGNMENT = 8
 MAX_RANK = 8
 MAX_TENSORS = 10_000
 MAX_TENSOR_NAME_LENGTH = 4 * MAX_NAME_LENGTH
 
-_CHECKED = struct.Struct("<4sII")  # magic, schema, crc32 of all that follows
-_HEADER = struct.Struct("<qddqI4x")  # version, progress, wall_s, energy_evaluations, tensor count
-_TENSOR = struct.Struct("<HBB")  # bytes of the name, dtype code, rank; then the name and the sizes as uint64
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+CHECKED = struct.Struct("<4sII")  # magic, schema, checksum of all that follows
+HEADER = struct.Struct("<qddqI4x")  # version, progress, wall_s, energy_evaluations, tensor count
+TENSOR = struct.Struct("<HBB")  # bytes of the name, dtype code, rank; then the name and the sizes as uint64
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def encode_weights(snapshot: WeightSnapshot) -> bytes:
     """
     _check_position(snapshot.version, snapshot.progress, snapshot.wall_s, snapshot.energy_evaluations)
     parts: list[bytes | memoryview] = [
-        _HEADER.pack(
+        HEADER.pack(
             snapshot.version,
             snapshot.progress,
             snapshot.wall_s,
@@ -68,19 +68,20 @@ def encode_weights(snapshot: WeightSnapshot) -> bytes:
             len(snapshot.tensors),
         )
     ]
-    offset = _CHECKED.size + _HEADER.size
+    offset = CHECKED.size + HEADER.size
     for name, value in snapshot.tensors.items():
         tensor = value.detach().cpu().contiguous()
         encoded = name.encode()
-        if tensor.dtype not in _DTYPES or tensor.dim() > MAX_RANK or not 0 < len(encoded) <= MAX_TENSOR_NAME_LENGTH:
+        if tensor.dtype not in DTYPES or tensor.dim() > MAX_RANK or not 0 < len(encoded) <= MAX_TENSOR_NAME_LENGTH:
             raise WireError(f"tensor {name!r} of {tensor.dtype}, rank {tensor.dim()} has no place in a weights frame")
         _check_finite(name, tensor)
-        entry = _TENSOR.pack(len(encoded), _DTYPES.index(tensor.dtype), tensor.dim()) + encoded
+        entry = TENSOR.pack(len(encoded), DTYPES.index(tensor.dtype), tensor.dim()) + encoded
         entry += struct.pack(f"<{tensor.dim()}Q", *tensor.shape)
         entry += bytes(-(offset + len(entry)) % ALIGNMENT)
         parts += [entry, tensor_bytes(tensor)]
         offset += len(entry) + tensor.nbytes
-    return b"".join([_CHECKED.pack(MAGIC, SCHEMA, checksum(parts)), *parts])
+    body = b"".join(parts)
+    return CHECKED.pack(MAGIC, SCHEMA, checksum([body])) + body
 
 
 def decode_weights(frame: Buffer, limits: WireLimits | None = None) -> WeightSnapshot:
@@ -90,19 +91,19 @@ def decode_weights(frame: Buffer, limits: WireLimits | None = None) -> WeightSna
     """
     limits = limits or WireLimits()
     view = byte_view(frame)
-    if not _CHECKED.size + _HEADER.size <= len(view) <= limits.max_message_bytes:
+    if not CHECKED.size + HEADER.size <= len(view) <= limits.max_message_bytes:
         raise WireError(f"weights frame of {len(view)} bytes: expected up to {limits.max_message_bytes}")
-    magic, schema, crc = _CHECKED.unpack_from(view)
+    magic, schema, expected = CHECKED.unpack_from(view)
     if magic != MAGIC or schema != SCHEMA:
         raise WireError(f"not a weights frame of schema version {SCHEMA}")
-    if crc != checksum([view[_CHECKED.size :]]):
-        raise WireError("crc32 of the weights frame does not match")
-    version, progress, wall_s, energy_evaluations, count = _HEADER.unpack_from(view, _CHECKED.size)
+    if expected != checksum([view[CHECKED.size :]]):
+        raise WireError("checksum of the weights frame does not match")
+    version, progress, wall_s, energy_evaluations, count = HEADER.unpack_from(view, CHECKED.size)
     _check_position(version, progress, wall_s, energy_evaluations)
     if count > MAX_TENSORS:
         raise WireError(f"{count} tensors in a weights frame: at most {MAX_TENSORS}")
     tensors: dict[str, Tensor] = {}
-    offset = _CHECKED.size + _HEADER.size
+    offset = CHECKED.size + HEADER.size
     for _ in range(count):
         name, tensor, offset = _read_tensor(view, offset)
         if name in tensors:
@@ -116,9 +117,9 @@ def decode_weights(frame: Buffer, limits: WireLimits | None = None) -> WeightSna
 def _read_tensor(view: memoryview, offset: int) -> tuple[str, Tensor, int]:
     """The tensor entry at `offset`: name, tensor, and the offset behind it."""
     try:
-        name_length, code, rank = _TENSOR.unpack_from(view, offset)
-        offset += _TENSOR.size
-        if not 0 < name_length <= MAX_TENSOR_NAME_LENGTH or code >= len(_DTYPES) or rank > MAX_RANK:
+        name_length, code, rank = TENSOR.unpack_from(view, offset)
+        offset += TENSOR.size
+        if not 0 < name_length <= MAX_TENSOR_NAME_LENGTH or code >= len(DTYPES) or rank > MAX_RANK:
             raise WireError("tensor entry with a name, dtype or rank that is not allowed")
         name = str(view[offset : offset + name_length], "utf-8")
         shape = struct.unpack_from(f"<{rank}Q", view, offset + name_length)
@@ -126,10 +127,11 @@ def _read_tensor(view: memoryview, offset: int) -> tuple[str, Tensor, int]:
         raise WireError("weights frame with a damaged tensor entry") from None
     offset += name_length + 8 * rank
     offset += -offset % ALIGNMENT
-    end = offset + math.prod(shape) * _DTYPES[code].itemsize
-    if end > len(view) or max(shape, default=0) > len(view):
+    end = offset + math.prod(shape) * DTYPES[code].itemsize
+    # The strides of an empty tensor must fit their integers too.
+    if end > len(view) or math.prod(max(size, 1) for size in shape) > MAX_INTEGER:
         raise WireError(f"tensor {name!r} of shape {shape} reaches beyond its weights frame")
-    tensor = view_tensor(view[offset:end], _DTYPES[code], shape)
+    tensor = view_tensor(view[offset:end], DTYPES[code], shape)
     _check_finite(name, tensor)
     return name, tensor, end
 

@@ -2,7 +2,7 @@
 
 One message is a JSON header frame followed by one raw, little-endian, C-ordered frame per tensor. The header
 names the kind, who sent it and where it stands in the sender's stream, and the name, dtype and shape of every
-tensor frame, with one crc32 over all of them. `KINDS` says what each kind carries; a message that is not in
+tensor frame, with one checksum over all of them. `KINDS` says what each kind carries; a message that is not in
 the table cannot be built, sent or received.
 
 A decoder faces bytes that anybody may have written. It therefore checks the header against limits, the table
@@ -13,7 +13,6 @@ raises nothing but `WireError`.
 import json
 import math
 import sys
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +22,13 @@ import zmq
 from torch import Tensor
 
 from driftstream.buffers.checks import MAX_INTEGER, is_integer, is_name
+from driftstream.buffers.checksum import checksum
 from driftstream.envs.errors import require
 
 Buffer = bytes | bytearray | memoryview | zmq.Frame
 
 MAGIC = "driftstream"
-SCHEMA = 1
+SCHEMA = 2
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MAX_COUNTERS = 64
 
@@ -123,12 +123,13 @@ def encode(message: Message, limits: WireLimits | None = None) -> list[bytes | m
         "policy_version": message.policy_version,
         "counters": dict(message.counters),
         "tensors": [[k, str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in tensors.items()],
-        "crc32": checksum(payload),
+        "checksum": checksum(payload),
     }
     try:
         frames: list[bytes | memoryview] = [json.dumps(header, allow_nan=False).encode(), *payload]
     except (TypeError, ValueError) as error:
         raise WireError(f"header cannot be written as JSON: {error}") from None
+    _check_header_length(len(frames[0]), limits)
     _read_header(header, [len(frame) for frame in frames], limits)
     _check_finite(tensors)
     return frames
@@ -144,12 +145,11 @@ def decode(frames: Sequence[Buffer], limits: WireLimits | None = None) -> Messag
     if not frames:
         raise WireError("message without frames")
     views = [byte_view(frame) for frame in frames]
-    if len(views[0]) > limits.max_header_bytes:
-        raise WireError(f"header of {len(views[0])} bytes: at most {limits.max_header_bytes}")
+    _check_header_length(len(views[0]), limits)
     header = _parse_json(views[0])
     dtypes_and_shapes = _read_header(header, [len(view) for view in views], limits)
-    if header["crc32"] != checksum(views[1:]):
-        raise WireError("crc32 of the tensor frames does not match the header")
+    if header["checksum"] != checksum(views[1:]):
+        raise WireError("checksum of the tensor frames does not match the header")
     tensors = {
         name: view_tensor(view, DTYPES[dtype], shape)
         for (name, (dtype, shape)), view in zip(dtypes_and_shapes.items(), views[1:], strict=True)
@@ -157,14 +157,6 @@ def decode(frames: Sequence[Buffer], limits: WireLimits | None = None) -> Messag
     _check_finite(tensors)
     keys = ("kind", "sender", "epoch", "sequence", "policy_version", "counters")
     return Message(**{key: header[key] for key in keys}, tensors=tensors)
-
-
-def checksum(buffers: Sequence[bytes | memoryview]) -> int:
-    """crc32 over the concatenation of `buffers`."""
-    crc = 0
-    for buffer in buffers:
-        crc = zlib.crc32(buffer, crc)
-    return crc
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -187,7 +179,12 @@ def view_tensor(view: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> T
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is finite: one pass by the sum, a second only where the sum itself overflows."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+
+
+def _check_header_length(length: int, limits: WireLimits) -> None:
+    if length > limits.max_header_bytes:
+        raise WireError(f"header of {length} bytes: at most {limits.max_header_bytes}")
 
 
 def _parse_json(view: memoryview) -> Any:
@@ -199,8 +196,6 @@ def _parse_json(view: memoryview) -> Any:
 
 def _read_header(header: Any, lengths: Sequence[int], limits: WireLimits) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Check a header against table, limits and the frames' lengths; returns dtype and shape by name."""
-    if lengths[0] > limits.max_header_bytes:
-        raise WireError(f"header of {lengths[0]} bytes: at most {limits.max_header_bytes}")
     if sum(lengths) > limits.max_message_bytes:
         raise WireError(f"message of {sum(lengths)} bytes: at most {limits.max_message_bytes}")
     if not isinstance(header, dict) or header.get("magic") != MAGIC:
@@ -212,7 +207,7 @@ def _read_header(header: Any, lengths: Sequence[int], limits: WireLimits) -> dic
         raise WireError(f"kind {_show(kind)}: expected one of {', '.join(KINDS)}")
     if not is_name(header.get("sender")):
         raise WireError(f"sender {_show(header.get('sender'))}: expected a short printable name")
-    for key in ("epoch", "sequence", "policy_version", "crc32"):
+    for key in ("epoch", "sequence", "policy_version", "checksum"):
         if not is_integer(header.get(key)):
             raise WireError(f"{key} {_show(header.get(key))}: expected an integer of at least 0")
     _check_counters(header.get("counters"))
@@ -236,6 +231,7 @@ def _read_tensors(
         raise WireError(f"{len(lengths)} tensor frames, which the header does not describe one by one")
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     bound: dict[str, int] = {}
+    most = {"B": limits.max_rows, "N": limits.max_rows, "T": limits.max_steps, "D": limits.max_dim}
     for entry, length in zip(entries, lengths, strict=True):
         if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)):
             raise WireError("tensor entry: expected [name, dtype, shape]")
@@ -247,7 +243,7 @@ def _read_tensors(
         if not isinstance(shape, list) or len(shape) != len(layouts[name].sizes):
             raise WireError(f"shape {_show(shape)} of {name}: expected [{', '.join(layouts[name].sizes)}]")
         for size, value in zip(layouts[name].sizes, shape, strict=True):
-            _bind(bound, name, size, value, limits)
+            _bind(bound, most, name, size, value)
         if math.prod(shape) * DTYPES[dtype].itemsize != length:
             raise WireError(f"frame of {length} bytes for {name}: shape {shape} of {dtype} takes another length")
         found[name] = (dtype, tuple(shape))
@@ -257,13 +253,12 @@ def _read_tensors(
     return found
 
 
-def _bind(bound: dict[str, int], tensor: str, size: str, value: Any, limits: WireLimits) -> None:
+def _bind(bound: dict[str, int], most: Mapping[str, int], tensor: str, size: str, value: Any) -> None:
     symbol, _, plus = size.partition("+")
-    most = {"B": limits.max_rows, "N": limits.max_rows, "T": limits.max_steps, "D": limits.max_dim}[symbol]
     # Who has nothing to send but its counters (all rejected, none accepted) sends no rows.
     least = 0 if symbol in "BN" else 1
-    if type(value) is not int or not least <= value - int(plus or 0) <= most:
-        raise WireError(f"{size} = {_show(value)} of {tensor}: {symbol} is an integer from {least} to {most}")
+    if type(value) is not int or not least <= value - int(plus or 0) <= most[symbol]:
+        raise WireError(f"{size} = {_show(value)} of {tensor}: {symbol} is an integer from {least} to {most[symbol]}")
     if bound.setdefault(symbol, value - int(plus or 0)) != value - int(plus or 0):
         raise WireError(f"{size} = {value} of {tensor}: other tensors have {symbol} = {bound[symbol]}")
 

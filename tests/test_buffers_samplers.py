@@ -1,5 +1,6 @@
 """The rank draw against exact probabilities, and the sampler's order against a full sort."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def test_draws_follow_the_rank_weights(n: int) -> None:
     assert chisquare(observed, expected * (observed.sum() / expected.sum())).pvalue > 1e-3
 
 
+def order_of(sampler: RankSampler) -> torch.Tensor:
+    """Slots as the sampler ranks them; they are the low halves of its keys."""
+    return sampler.state_dict()["keys"] & (2**32 - 1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     capacity=st.integers(1, 60),
@@ -97,10 +103,27 @@ def test_resorting_at_every_insert_is_a_full_sort(capacity: int, sizes: list[int
     for size in sizes:
         insert(buffer, torch.randint(values, (min(size, capacity),), generator=generator).float())
         buffer.sample(4)
-        order = sampler.state_dict()["order"]
+        order = order_of(sampler)
         log_reward = buffer[:]["log_reward"]
         assert torch.equal(order.sort().values, torch.arange(len(buffer)))
         assert torch.equal(log_reward[order], log_reward.sort(descending=True).values)
+
+
+def test_every_float_has_its_place_and_equals_are_ranked_by_slot() -> None:
+    values = [0.0, -0.0, 1e30, -1e30, 1e-45, -1e-45, math.inf, -math.inf, 1.0, 1.0, -2.5, -2.5]
+    log_reward = torch.tensor(values).repeat(3)
+    sampler = RankSampler(resort_every=1)
+    buffer = buffer_with(sampler, capacity=len(log_reward))
+    insert(buffer, log_reward.flip(0))
+    buffer.sample(1)
+    insert(buffer, log_reward)  # every slot is written anew
+    insert(buffer, log_reward[:5])
+    buffer.sample(1)
+    order = order_of(sampler)
+    ranked = buffer[:]["log_reward"][order]
+    assert torch.equal(ranked, log_reward.sort(descending=True).values)
+    ties = (ranked[1:] == ranked[:-1]) & (ranked[1:] != 0)
+    assert (order[1:] > order[:-1])[ties].all()
 
 
 @pytest.mark.parametrize("capacity", [4_000, 100_000])
@@ -126,7 +149,7 @@ def test_order_catches_up_after_many_inserts_without_a_sample() -> None:
     assert len(sampler.state_dict()["changed"]) <= 5_000
     buffer.sample(1)
     log_reward = buffer[:]["log_reward"]
-    assert torch.equal(log_reward[sampler.state_dict()["order"]], log_reward.sort(descending=True).values)
+    assert torch.equal(log_reward[order_of(sampler)], log_reward.sort(descending=True).values)
 
 
 def test_single_adds_and_an_empty_storage() -> None:
