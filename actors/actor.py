@@ -1,5 +1,6 @@
 """The actor: an exploration actor at work, as a component and as a process."""
 
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -17,8 +18,10 @@ from driftstream.buffers.channels import StreamClient, StreamConfig
 from driftstream.buffers.control import RoleContext
 from driftstream.envs.errors import PluginError, TargetError, require
 from driftstream.envs.grids import uniform_grid
-from driftstream.envs.targets import CountedTarget
+from driftstream.envs.targets import CountedTarget, describe_point
 from driftstream.envs.trajectory import TrajectoryError, validate_trajectories
+
+logger = logging.getLogger(__name__)
 
 REPORT_S = 2.0
 HOPELESS_BATCHES = 100
@@ -83,11 +86,15 @@ class Actor:
             PluginError: a plug-in raises, or its states are not finite or do not follow the trajectory schema.
         """
         self.context.progress = progress
-        batch = self._usable(self._checked(self._generate()))
+        made = self._checked(self._generate())
+        batch = self._usable(made)
         self._empty_in_a_row = 0 if len(batch) else self._empty_in_a_row + 1
         if self._empty_in_a_row == HOPELESS_BATCHES:
             self._empty_in_a_row = 0
-            what = f"every trajectory has an undefined log reward ({HOPELESS_BATCHES} batches in a row)"
+            what = (
+                f"every trajectory has an undefined log reward ({HOPELESS_BATCHES} batches in a row), "
+                f"the last at {describe_point(made['states'][:, -1])}"
+            )
             if self._own_code:
                 raise TargetError(f"target {self.target.name!r}: {what}")
             raise PluginError(f"actor {self.kind}: {what}")
@@ -118,6 +125,9 @@ class Actor:
         finite = batch["log_reward"].isfinite() & batch["states"].isfinite().all(-1).all(-1)
         if bool(finite.all()):
             return batch
+        if not self.rejected:
+            point = describe_point(batch["states"][~finite][:, -1])
+            logger.warning("target %r: undefined log reward at %s; left out, and counted", self.target.name, point)
         self.rejected += int((~finite).sum())
         return batch[finite]
 
@@ -152,8 +162,9 @@ def run_actor(context: RoleContext, actor: Actor, stream: StreamConfig) -> None:
 
     actor.context.ask_replayed = ask_replayed
     actor.target.on_call = context.turn
+    context.control.doing = actor.target.doing
     made, reported_rejects, since = 0, 0, time.monotonic()
-    prefix = f"actor/{context.index}"
+    prefix = f"actor/{context.label}"
     try:
         while not context.should_stop:
             context.turn()

@@ -111,6 +111,7 @@ def run_refiner(context: RoleContext, refiner: Refiner, stream: StreamConfig) ->
     client = StreamClient(context.endpoints.stream, context.name, context.epoch, stream, produces="terminals")
     meter = CallMeter(refiner.target)
     refiner.target.on_call = context.turn
+    context.control.doing = refiner.target.doing
     try:
         while not context.should_stop:
             context.turn()
@@ -129,13 +130,13 @@ def run_refiner(context: RoleContext, refiner: Refiner, stream: StreamConfig) ->
                 seeds.policy_version,
                 {"energy_evaluations": meter.spent()},
             )
-            context.report_metrics(_figures(context.index, refinement))
+            context.report_metrics(_figures(context.label, refinement))
     finally:
         client.close()
 
 
-def _figures(index: int, refinement: Refinement) -> Mapping[str, float]:
+def _figures(label: str, refinement: Refinement) -> Mapping[str, float]:
     return {
-        f"refiner/{index}/acceptance_rate": refinement.acceptance_rate,
-        f"refiner/{index}/step_size": refinement.step_size,
+        f"refiner/{label}/acceptance_rate": refinement.acceptance_rate,
+        f"refiner/{label}/step_size": refinement.step_size,
     }

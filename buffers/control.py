@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +32,7 @@ _SINGLE_ROLES = ("learner", "evaluator")
 @dataclass(frozen=True)
 class Report:
     """What a role says: `kind` is "heartbeat" (payload: `pid`, and `turn_s`, the seconds since its work last came
-    round), "metrics", or another that both ends know."""
+    round, and `doing`, what it is at), "metrics", or another that both ends know."""
 
     role: str
     kind: str
@@ -60,7 +60,7 @@ class ControlServer:
         self._context: zmq.Context = zmq.Context()
         self.socket = sockets.make_socket(self._context, zmq.ROUTER, MAX_REPORT_BYTES)
         try:
-            self.endpoint = sockets.bind(self.socket, endpoint)
+            self.endpoint = sockets.bind(self.socket, endpoint).endpoint
         except Exception:
             sockets.close(self._context, self.socket)
             raise
@@ -120,13 +120,15 @@ class ControlClient:
 
     `stop` is set by the command "stop" (end now), `finish` by "finish" (bring the work to its end). All
     methods are thread-safe and none waits for the supervisor. Heartbeats say when the role's own thread last came
-    round (`turn`), as they come from another.
+    round (`turn`), as they come from another. `link` tells of the connection.
     """
 
     def __init__(self, endpoint: str, role: str, heartbeat_s: float = 0.5) -> None:
         sockets.check_endpoint(endpoint)
         self.stop = threading.Event()
         self.finish = threading.Event()
+        self.doing: Callable[[], str] = str
+        """What the role is at, in a few words, should it hang there."""
         self._role = role
         self._heartbeat_s = heartbeat_s
         self._outbox: deque[bytes] = deque(maxlen=MAX_QUEUED_REPORTS)
@@ -137,7 +139,11 @@ class ControlClient:
         self._context: zmq.Context = zmq.Context()
         self._socket = sockets.make_socket(self._context, zmq.DEALER, MAX_REPORT_BYTES)
         self._waker = sockets.Waker(self._context)
-        self._socket.connect(endpoint)
+        try:
+            self.link = sockets.connect(self._socket, endpoint)
+        except Exception:
+            self._close_sockets()
+            raise
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
 
@@ -169,14 +175,17 @@ class ControlClient:
             self._closed = True
             self._waker.wake()
         self._thread.join()
-        self._waker.close()
-        sockets.close(self._context, self._socket)
+        self._close_sockets()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _close_sockets(self) -> None:
+        self._waker.close()
+        sockets.close(self._context, self._socket)
 
     def _frame(self, kind: str, payload: Mapping[str, Any]) -> bytes:
         seen = 0 if self._latest is None else self._latest[0]
@@ -208,9 +217,13 @@ class ControlClient:
                 self._take_command(_parse(frames))
         self._send_reports()
 
-    def _heartbeat(self) -> dict[str, float]:
-        turned_at = self._turned_at
-        return {"pid": os.getpid()} | ({} if turned_at is None else {"turn_s": max(0.0, time.monotonic() - turned_at)})
+    def _heartbeat(self) -> dict[str, float | str]:
+        heartbeat: dict[str, float | str] = {"pid": os.getpid()}
+        if self._turned_at is not None:
+            heartbeat["turn_s"] = turn_s = max(0.0, time.monotonic() - self._turned_at)
+            if turn_s > PAUSE_S:
+                heartbeat["doing"] = self.doing()
+        return heartbeat
 
     def _send_reports(self) -> None:
         with self._lock:
@@ -231,7 +244,8 @@ class ControlClient:
 class RoleContext:
     """What a role is started with: who it is, its random stream's coordinates, and how to reach the others.
 
-    `index` tells roles of one kind apart (actors, refiners); `epoch` is the number of restarts so far.
+    `index` tells roles of one kind apart (actors, refiners); `epoch` is the number of restarts so far. A role on
+    another host than the learner's is `joined_as` a name of its own.
     """
 
     role: str
@@ -241,11 +255,17 @@ class RoleContext:
     run_dir: Path
     endpoints: Endpoints
     control: ControlClient
+    joined_as: str = ""
 
     @property
     def name(self) -> str:
         """The role's name in logs, process titles and the stream: "actor-0", but "learner"."""
-        return self.role if self.role in _SINGLE_ROLES else f"{self.role}-{self.index}"
+        return self.joined_as or (self.role if self.role in _SINGLE_ROLES else f"{self.role}-{self.index}")
+
+    @property
+    def label(self) -> str:
+        """What tells the role from others of its kind in the names of metrics: "0"."""
+        return self.joined_as.removeprefix(f"{self.role}-") or str(self.index)
 
     @property
     def should_stop(self) -> bool:

@@ -1,7 +1,8 @@
 """What every socket of the data plane shares: checked endpoints, bounded waits, a way to wake a thread.
 
 Sockets bind to `ipc://` paths (in the run directory, mode 0700) or to loopback addresses. Whatever reaches
-one of them is trusted to be on this machine and under this user; an address that others can reach needs keys.
+one of them is trusted to be on this machine; an address that others can reach needs keys. An endpoint names the
+directory that holds them, `tcp://HOST:PORT?keys=DIRECTORY`, so that there is no such address without.
 """
 
 import contextlib
@@ -9,23 +10,39 @@ import ipaddress
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import zmq
 
+from driftstream.buffers.guard import Gate, Link
+from driftstream.buffers.keys import read_client_keys, read_server_keys
 from driftstream.envs.errors import ConfigError, require
 
 MAX_IPC_PATH_BYTES = 107
 _LINGER_MS = 500
+_KEYS = "?keys="
+
+
+def with_keys(address: str, directory: Path) -> str:
+    """The endpoint at a tcp address whose connections are encrypted with the keys in `directory`."""
+    return f"{address}{_KEYS}{directory}"
+
+
+def split_keys(endpoint: str) -> tuple[str, Path | None]:
+    """The address of an endpoint, and the directory of its keys, if it has some."""
+    address, marked, directory = endpoint.partition(_KEYS) if endpoint.startswith("tcp:") else (endpoint, "", "")
+    return address, Path(directory) if marked else None
 
 
 def check_endpoint(endpoint: str, field: str = "endpoint") -> str:
-    """The endpoint itself, if a socket may use it: `ipc://PATH`, or `tcp://ADDRESS:PORT` on loopback.
+    """The endpoint itself, if a socket may use it: `ipc://PATH`, or `tcp://ADDRESS:PORT` on loopback or with keys.
 
     Raises `ConfigError` for another transport, for an ipc path that the system would refuse, and for an
-    address that other machines can reach.
+    address that other machines can reach where there are no keys.
     """
-    transport, _, address = endpoint.partition("://")
+    plain, keys = split_keys(endpoint)
+    transport, _, address = plain.partition("://")
     require(transport in ("ipc", "tcp") and address != "", field, endpoint, "ipc://PATH or tcp://HOST:PORT")
     if transport == "ipc":
         length = len(address.encode())
@@ -39,37 +56,60 @@ def check_endpoint(endpoint: str, field: str = "endpoint") -> str:
         endpoint,
         "a port or *",
     )
-    check_host(host.strip("[]"), field)
+    allowed = "a loopback address (one that other machines reach needs keys)"
+    require(keys is not None or is_loopback(host.strip("[]")), field, host, allowed)
     return endpoint
 
 
-def check_host(host: str, field: str = "host") -> str:
-    """The host itself, if it is a loopback address; `ConfigError` otherwise (other addresses need keys)."""
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        loopback = False
-    require(loopback, field, host, "a loopback address (one that other machines reach needs keys)")
-    return host
+        return False
 
 
-def make_socket(context: zmq.Context, kind: int, max_frame_bytes: int = -1) -> Any:
+def make_socket(context: zmq.Context, kind: int, max_frame_bytes: int) -> Any:
     """A socket that closes in bounded time, drops too large frames unread, and notices a vanished peer."""
     socket = context.socket(kind)
     socket.linger = _LINGER_MS
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 3_000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
+    # The system's own patience would outlast a broken network by minutes.
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, 2_000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5_000)
     return socket
 
 
-def bind(socket: Any, endpoint: str) -> str:
-    """Bind and return the endpoint with its port resolved; `ConfigError` where the address cannot be had."""
+def bind(socket: Any, endpoint: str) -> Gate:
+    """Bind; returns what stands at the door, with the endpoint and its port.
+
+    Raises:
+        ConfigError: an address that cannot be had, or keys that are missing or open to others.
+    """
+    address, directory = split_keys(check_endpoint(endpoint))
+    gate = Gate(socket, address, None if directory is None else read_server_keys(directory))
     try:
-        socket.bind(check_endpoint(endpoint))
+        socket.bind(address)
     except zmq.ZMQError as error:
         raise ConfigError("endpoint", endpoint, f"an address to bind to ({error.strerror})") from None
-    return socket.last_endpoint.decode()
+    gate.endpoint = socket.last_endpoint.decode()
+    if directory is not None:
+        gate.endpoint = with_keys(gate.endpoint, directory)
+    return gate
+
+
+def connect(socket: Any, endpoint: str) -> Link:
+    """Connect, now or as soon as somebody listens; returns what tells of the connection.
+
+    Raises:
+        ConfigError: keys that are missing or open to others.
+    """
+    address, directory = split_keys(check_endpoint(endpoint))
+    link = Link(socket, address, None if directory is None else read_client_keys(directory))
+    socket.connect(address)
+    return link
 
 
 def close(context: zmq.Context, *sockets: Any) -> None:

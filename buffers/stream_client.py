@@ -20,7 +20,8 @@ class StreamClient:
 
     `epoch` is the restart count of the role: a process that is started again must have a higher one. A sender
     that `produces` trajectories is paced by tickets over all actors, one that produces terminals by its
-    credits only. Every wait ends at its time-out, whether or not the learner is there.
+    credits only. Every wait ends at its time-out, whether or not the learner is there; it raises `StreamError`
+    where the learner refuses this client's key.
     """
 
     def __init__(
@@ -53,7 +54,11 @@ class StreamClient:
         # Without a connection nothing is queued: what must arrive is sent again once the learner has
         # answered.
         self._socket.immediate = 1
-        self._socket.connect(endpoint)
+        try:
+            self._link = sockets.connect(self._socket, endpoint)
+        except Exception:
+            self.close()
+            raise
 
     @property
     def unacknowledged(self) -> int:
@@ -129,6 +134,8 @@ class StreamClient:
             self._receive()
             if ready():
                 return True
+            if self._link.refusal is not None:
+                raise StreamError(self._link.refusal)
             if time.monotonic() >= deadline:
                 return False
             events, until = zmq.POLLIN, deadline

@@ -31,8 +31,8 @@ class StreamServer:
 
     `max_outstanding` is the width of the ticket window over all actors (default: what `config.max_staleness`
     allows at one fresh batch a step). `version` is the policy version that the first batches may be made
-    with. All methods are thread-safe. Nothing that a sender sends raises here, with one exception: a sender
-    whose messages are refused `config.reject_threshold` times in a row makes `take` raise `StreamError`.
+    with. All methods are thread-safe. Nothing that a sender sends raises here: one whose messages are refused
+    `config.reject_threshold` times in a row is dropped, and nothing more is read from that connection.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class StreamServer:
         self._requests: dict[str, SeedRequest] = {}
         self._identities: dict[str, bytes] = {}
         self._hellos: dict[str, int] = {}
-        self._refused_in_a_row: dict[str, int] = {}
+        self._refused_in_a_row: dict[bytes, int] = {}
+        self._dropped: dict[str, str] = {}
         self._due: set[str] = set()
         self._outbox: deque[tuple[str, list[bytes | memoryview]]] = deque()
         self._counters = dict.fromkeys(
@@ -69,10 +70,11 @@ class StreamServer:
         self._router.rcvhwm = config.credits + 8
         self._waker = sockets.Waker(self._context)
         try:
-            self.endpoint = sockets.bind(self._router, endpoint)
+            self._gate = sockets.bind(self._router, endpoint)
         except Exception:
             self._close_sockets()
             raise
+        self.endpoint = self._gate.endpoint
         self._thread = threading.Thread(target=self._run, name="stream-server", daemon=True)
         self._thread.start()
 
@@ -80,8 +82,7 @@ class StreamServer:
         """The oldest batch of trajectories, or None at the time-out; `release` it when it is used.
 
         None too, early, when an actor asks for states: its batch may be the next one.
-        Raises `StreamError` when nothing more is to be expected: a sender is broken, or the ingest thread
-        failed.
+        Raises `StreamError` when nothing more is to be expected: the ingest thread failed.
         """
         with self._changed:
             self._changed.wait_for(
@@ -98,8 +99,10 @@ class StreamServer:
             self._terminals.clear()
             return taken
 
-    def release(self, message: Message, version: int) -> None:
+    def release(self, message: Message, version: int, refused: str = "") -> None:
         """Acknowledge a batch that was taken, and let its place go to a next one.
+
+        `refused` says why it was of no use, where it was of none: that counts against its sender.
 
         `version` is the newest *published* policy version: batches begun from now on are made with it or a
         newer one. In lock-step (`max_staleness` 0) publish the weights that this batch led to first.
@@ -108,6 +111,12 @@ class StreamServer:
             self._version = version
             self._ledger.consume(message.sender, message.epoch, message.sequence)
             self._due.add(message.sender)
+            identity = self._identities.get(message.sender)
+            if identity is not None and self._ledger.senders[message.sender].epoch == message.epoch:
+                if refused:
+                    self._strike(identity, refused)
+                else:
+                    self._refused_in_a_row.pop(identity, None)
             self._wake()
 
     def seed_requests(self) -> list[SeedRequest]:
@@ -126,6 +135,12 @@ class StreamServer:
             self._outbox.append((request.sender, frames))
             self._wake()
 
+    def dropped(self) -> dict[str, str]:
+        """The senders dropped since last asked, and why."""
+        with self._changed:
+            dropped, self._dropped = self._dropped, {}
+            return dropped
+
     def forget(self, sender: str) -> None:
         """Give a sender's unused tickets to others, as if its connection were lost; what arrived remains."""
         with self._changed:
@@ -140,6 +155,7 @@ class StreamServer:
                 "queue_depth": len(self._trajectories),
                 "terminals_depth": len(self._terminals),
                 "outstanding": self._ledger.outstanding,
+                "refused_peers": self._gate.refused_peers,
                 "senders": sum(sender.connected for sender in self._ledger.senders.values()),
             }
 
@@ -203,6 +219,10 @@ class StreamServer:
                 self._changed.notify_all()
 
     def _take_in(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+        if self._refused_in_a_row.get(identity, 0) >= self._config.reject_threshold:
+            with self._changed:
+                self._counters["rejected"] += 1
+            return
         try:
             message = decode(frames, self._limits)
             with self._changed:
@@ -213,7 +233,6 @@ class StreamServer:
                         self._take_seed_request(message)
                     case "trajectories" | "terminals":
                         self._take_batch(message)
-                        self._refused_in_a_row.pop(message.sender, None)
                         self._counters["received_bytes"] += sum(len(frame) for frame in frames)
                     case _:
                         raise WireError(f"{message.kind} is not for the learner")
@@ -264,14 +283,24 @@ class StreamServer:
 
     def _refuse(self, identity: bytes, reason: str) -> None:
         self._counters["rejected"] += 1
-        name = next((name for name, known in self._identities.items() if known == identity), None)
+        name = self._name(identity)
         if self._counters["rejected"] <= _LOGGED_REJECTIONS:
             logger.warning("message from %s refused: %s", name or "an unknown sender", reason)
-        if name is not None:
-            self._refused_in_a_row[name] = self._refused_in_a_row.get(name, 0) + 1
-            if self._refused_in_a_row[name] >= self._config.reject_threshold:
-                self._failure = f"{name}: {self._refused_in_a_row[name]} messages in a row refused; the last: {reason}"
-                self._changed.notify_all()
+        self._strike(identity, reason)
+
+    def _strike(self, identity: bytes, reason: str) -> None:
+        """Count a refusal, and drop the sender at the threshold: its tickets go to others."""
+        count = self._refused_in_a_row.pop(identity, 0) + 1
+        self._refused_in_a_row[identity] = count  # the latest last
+        if len(self._refused_in_a_row) > _MAX_SENDERS:
+            del self._refused_in_a_row[next(iter(self._refused_in_a_row))]
+        name = self._name(identity)
+        if count >= self._config.reject_threshold and name is not None:
+            self._dropped[name] = f"{count} messages in a row refused; the last: {reason}"
+            self._disconnect(name, identity)
+
+    def _name(self, identity: bytes) -> str | None:
+        return next((name for name, known in self._identities.items() if known == identity), None)
 
     def _answer(self) -> None:
         """Send what is due: credits to senders whose position changed, and seeds."""

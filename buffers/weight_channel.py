@@ -19,6 +19,7 @@ from driftstream.buffers.weights_wire import WeightSnapshot, decode_weights, enc
 from driftstream.buffers.wire import WireError, WireLimits
 
 REPEAT_MS = 100
+MAX_SUBSCRIPTION_BYTES = 1024
 
 
 class WeightPublisher:
@@ -30,13 +31,13 @@ class WeightPublisher:
         self._closed = False
         self._lock = threading.Lock()
         self._context: zmq.Context = zmq.Context()
-        self._socket = sockets.make_socket(self._context, zmq.XPUB)
+        self._socket = sockets.make_socket(self._context, zmq.XPUB, MAX_SUBSCRIPTION_BYTES)
         # VERBOSE reports repeated subscriptions too. The high-water mark stays at its default: with 1 the
         # newest version is what gets dropped.
         self._socket.xpub_verbose = 1
         self._waker = sockets.Waker(self._context)
         try:
-            self.endpoint = sockets.bind(self._socket, endpoint)
+            self.endpoint = sockets.bind(self._socket, endpoint).endpoint
         except Exception:
             self._close_sockets()
             raise
@@ -106,7 +107,11 @@ class WeightSubscriber:
         self._socket.conflate = 1
         self._socket.linger = 0  # only subscriptions travel that way
         self._socket.subscribe(b"")
-        self._socket.connect(endpoint)
+        try:
+            sockets.connect(self._socket, endpoint)
+        except Exception:
+            self.close()
+            raise
 
     def latest(self) -> WeightSnapshot | None:
         """The newest snapshot if it has not been returned yet, else None; does not wait.

@@ -62,7 +62,7 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
         "limits": limits,
     }
     config = from_dict(restore_kinds(config, base), _without_none(given))
-    config, unknown = read_kind_flags(drop_options(_placed(config), _placed(base)), unknown, prog)
+    config, unknown = read_kind_flags(drop_options(placed(config), placed(base)), unknown, prog)
     if flags.help_all:
         show_flags(config, prog)
     target = flags.target
@@ -92,7 +92,7 @@ def _counts(text: str | None, flag: str) -> dict[str, Any]:
     return {"kinds": kinds, "count": sum(kinds.values())}
 
 
-def _placed(config: RunConfig) -> RunConfig:
+def placed(config: RunConfig) -> RunConfig:
     """The configuration with every plug-in in a file at its absolute place."""
     parts = {}
     for role in ("actor", "refiner"):

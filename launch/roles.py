@@ -21,6 +21,7 @@ from driftstream.envs.processes import make_process
 from driftstream.envs.targets import CountedTarget, make_target
 from driftstream.eval.evaluator import Evaluator, run_evaluator
 from driftstream.launch.config import RunConfig, has_teacher
+from driftstream.launch.hosts import RoleKinds
 from driftstream.launch.seeding import derive_seed
 from driftstream.launch.worker import role_name
 from driftstream.learner.learner import Learner
@@ -178,7 +179,7 @@ def run_role(role: str, config: RunConfig, context: RoleContext) -> None:
             config.checkpoint,
             config.stream,
             config.refiner.every,
-            {role_name("actor", i): short_name(kind) for i, kind in enumerate(expand_kinds(config.actor.kinds))},
+            RoleKinds({role_name("actor", i): short_name(k) for i, k in enumerate(expand_kinds(config.actor.kinds))}),
             on_policy_actors,
         )
     elif role == "actor":

@@ -8,11 +8,13 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
-from driftstream.buffers.sockets import MAX_IPC_PATH_BYTES
+from driftstream.buffers.keys import make_keys
+from driftstream.buffers.sockets import MAX_IPC_PATH_BYTES, with_keys
+from driftstream.buffers.stream_config import StreamConfig
 from driftstream.envs.errors import ConfigError
 
 DATA_SOCKETS = ("stream", "weights", "ema_weights")
@@ -31,6 +33,8 @@ class RunDirectory:
         self.checkpoints = self.root / "checkpoints"
         self.plots = self.root / "plots"
         self.sockets = self.root / "sockets"
+        self.keys = self.root / "keys"
+        self.invitation = self.keys / "join.toml"
         self.lock_file = self.root / ".lock"
 
     @classmethod
@@ -84,14 +88,15 @@ class RunDirectory:
         draft.replace(self.config)
 
     @contextlib.contextmanager
-    def hold(self, tcp_host: str | None = None) -> Iterator[int]:
-        """Hold the run for this process and choose its sockets' addresses: files, or ports of `tcp_host`.
+    def hold(self, stream: StreamConfig | None = None, elsewhere: Mapping[str, str] | None = None) -> Iterator[int]:
+        """Hold the run for this process, choose its sockets' addresses and make the keys that they need.
 
-        Yields how many processes held it before: random streams of a resumed run must not repeat. The lock
-        goes with the process, however it ends.
+        Addresses are files, or ports of the host of `stream`; of sockets that others listen on they are given in
+        `elsewhere`. Yields how many processes held it before: random streams of a resumed run must not repeat. The
+        lock goes with the process, however it ends.
 
         Raises:
-            ConfigError: another process holds the run.
+            ConfigError: another process holds the run, the host is not this machine, or the run's keys are not safe.
         """
         descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "r+") as lock:
@@ -106,14 +111,16 @@ class RunDirectory:
             lock.write(json.dumps({"pid": os.getpid(), "held": held_before + 1}))
             lock.truncate()
             lock.flush()
-            folder = self._make_sockets(tcp_host)
+            folder = self._make_sockets(stream or StreamConfig(), elsewhere or {})
             try:
                 yield held_before
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(self.sockets, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self.invitation.unlink()
 
-    def _make_sockets(self, tcp_host: str | None) -> Path:
+    def _make_sockets(self, stream: StreamConfig, elsewhere: Mapping[str, str]) -> Path:
         # Left over when a supervisor was killed; nobody listens there, as the lock was free.
         shutil.rmtree(self.sockets, ignore_errors=True)
         self.sockets.mkdir(mode=0o700)
@@ -121,9 +128,15 @@ class RunDirectory:
         if max(len(os.fsencode(folder / f"{name}.ipc")) for name in SOCKET_NAMES) > MAX_IPC_PATH_BYTES:
             folder = Path(tempfile.mkdtemp(prefix="driftstream-"))
         addresses = {name: f"ipc://{folder / name}.ipc" for name in SOCKET_NAMES}
-        if tcp_host is not None:
-            ports = free_ports(tcp_host, len(DATA_SOCKETS))
-            addresses |= {name: f"tcp://{tcp_host}:{port}" for name, port in zip(DATA_SOCKETS, ports, strict=True)}
+        if stream.transport == "tcp" and not elsewhere:
+            # Control stays this user's own where nobody else is let in.
+            names = SOCKET_NAMES if stream.uses_keys else DATA_SOCKETS
+            ports = free_ports(stream.host, len(names))
+            addresses |= {name: f"tcp://{stream.host}:{port}" for name, port in zip(names, ports, strict=True)}
+            if stream.uses_keys:
+                make_keys(self.keys)
+                addresses = {name: with_keys(address, self.keys) for name, address in addresses.items()}
+        addresses |= elsewhere
         (self.sockets / "addresses.json").write_text(json.dumps(addresses, indent=2))
         return folder
 
@@ -142,7 +155,10 @@ def default_root(target: str, method: str, now: datetime | None = None) -> Path:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """TCP ports that nobody listens on at present."""
+    """TCP ports that nobody listens on at present; ConfigError where the host is not this machine."""
     with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        try:
+            listeners = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        except OSError as error:
+            raise ConfigError("stream.host", host, f"an address of this machine ({error.strerror})") from None
         return [listener.getsockname()[1] for listener in listeners]

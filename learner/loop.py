@@ -47,6 +47,7 @@ class Window:
 class TrainingLoop:
     """Feeds a learner from a data source until a limit is reached or it is told to stop.
 
+    Weights are published every `publish_every` steps; None leaves that to the source, after a first time.
     `record_clock = False` keeps wall-clock time out of checkpoints, so that equal runs write equal bytes.
     """
 
@@ -60,6 +61,7 @@ class TrainingLoop:
         should_stop: Callable[[], bool],
         refine_every: int,
         publisher: Publisher | None = None,
+        publish_every: int | None = None,
         record_clock: bool = True,
     ) -> None:
         self.learner = learner
@@ -70,6 +72,7 @@ class TrainingLoop:
         self.should_stop = should_stop
         self.refine_every = refine_every
         self.publisher = publisher
+        self.publish_every = publish_every
         self.record_clock = record_clock
         self._refine_at = 0
         self._window = Window()
@@ -120,7 +123,7 @@ class TrainingLoop:
     def _step(self) -> Metrics | None:
         """One update; None if no data came in time for it."""
         learner, source = self.learner, self.source
-        if self.publisher is not None and learner.step % learner.config.publish_every == 0:
+        if self.publisher is not None and self.publish_every and learner.step % self.publish_every == 0:
             self.publisher.publish()
         self._refine()
         if learner.objective.pathwise:

@@ -1,12 +1,13 @@
 """The learner as a process: it serves the stream, publishes weights and trains until its limits are reached."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from driftstream.actors.actor import Actor
 from driftstream.buffers.channels import StreamConfig, StreamServer
 from driftstream.buffers.control import RoleContext
+from driftstream.buffers.stream_config import Pacing
 from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer, checkpoint_paths, load_latest
 from driftstream.learner.learner import Learner
 from driftstream.learner.limits import Budget, LimitsConfig
@@ -44,20 +45,25 @@ def run_learner(
             control.report("event", {"text": f"learner: checkpoint skipped, {error}"})
 
     reported_error: str | None = None
+    dropped: Callable[[], dict[str, str]] = dict
 
     def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
         nonlocal reported_error
+        metrics["checkpoint/failures"] = checkpointer.failures
         context.report_metrics(metrics, step=step, wall_s=wall_s, energy_evaluations=energy_evaluations)
         control.report("status", {"phase": "training", "step": step, "progress": progress})
         error = checkpointer.error
         if error is not None and error != reported_error:
             control.report("event", {"text": f"learner: checkpoint not written, {error}"})
         reported_error = error
+        for sender, reason in dropped().items():
+            control.report("dropped", {"sender": sender, "reason": reason})
 
     with ExitStack() as stack:
         publisher = Publisher(learner, budget, endpoints.weights, endpoints.ema_weights)
         stack.callback(publisher.close)
         source: DataSource
+        pacing: Pacing = "window"
         if on_policy_actors is not None:
             source = LocalSource(on_policy_actors, [])
         else:
@@ -66,7 +72,9 @@ def run_learner(
             version = state.step if state else 0
             server = StreamServer(endpoints.stream, stream, max_outstanding=max(1, window), version=version)
             stack.callback(server.close)
-            source = StreamSource(server, publisher, learner.policy, window == 0, kinds, learner.draw_replayed)
+            dropped = server.dropped
+            pacing = stream.pacing(steps_per_batch, learner.config.publish_every)
+            source = StreamSource(server, publisher, learner.policy, pacing, kinds, learner.draw_replayed)
         loop = TrainingLoop(
             learner,
             source,
@@ -76,6 +84,7 @@ def run_learner(
             should_stop=lambda: context.should_stop,
             refine_every=refine_every,
             publisher=publisher,
+            publish_every=learner.config.publish_every if pacing == "window" else None,
         )
         if state is not None:
             loop.load_state(state)

@@ -17,6 +17,7 @@ from driftstream.actors.policy import DiffusionPolicy
 from driftstream.actors.refiner import Refiner
 from driftstream.buffers.channels import StreamError, StreamServer
 from driftstream.buffers.checks import is_integer
+from driftstream.buffers.stream_config import Pacing
 from driftstream.buffers.wire import Message
 from driftstream.envs.trajectory import TrajectoryError, make_trajectories, validate_trajectories
 from driftstream.learner.publisher import Publisher
@@ -74,7 +75,7 @@ class StreamSource:
     """Data from actor and refiner processes.
 
     `kinds` says of every actor, by its name in the stream, of which kind it is; `draw_replayed` answers actors that
-    ask for replayed states.
+    ask for replayed states. Unless `pacing` is by a window, the weights are published here, as a batch is let begin.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class StreamSource:
         server: StreamServer,
         publisher: Publisher,
         policy: DiffusionPolicy,
-        lock_step: bool,
+        pacing: Pacing,
         kinds: Mapping[str, str],
         draw_replayed: DrawSeeds,
     ) -> None:
@@ -92,16 +93,18 @@ class StreamSource:
         self._kinds = kinds
         self._draw_replayed = draw_replayed
         self._like = next(policy.parameters())
-        self._lock_step = lock_step
-        self._held: list[Message] = []
+        self._pacing = pacing
+        self._held: list[tuple[Message, str]] = []
         self._spent = 0
         self._rejected = 0
-        self._last_reason = ""
+        self._reason = self._last_reason = ""
+        """Why the latest batch was refused (empty if it was not), and the last refusal."""
 
     def fresh(self, timeout_s: float, step: int, progress: float) -> FreshBatch | None:
         """See `DataSource`. In lock-step the next batch is asked for here, with the weights of this step."""
         while self._held:
-            self._server.release(self._held.pop(), self._publisher.publish())
+            used, refused = self._held.pop()
+            self._server.release(used, self._publisher.publish(), refused)
         deadline = time.monotonic() + timeout_s
         while True:
             self._answer_actors()
@@ -112,7 +115,7 @@ class StreamSource:
                 return None
         batch = self._accept(message)
         if batch is None:
-            self._release(message)
+            self._release(message, refused=self._reason)
             return None
         kind = self._kinds.get(message.sender, message.sender)
         return FreshBatch(batch.to(self._like.device), message.policy_version, kind, message)
@@ -131,12 +134,13 @@ class StreamSource:
     def _nothing(self) -> tuple[Tensor, Tensor]:
         return torch.empty(0, self._policy.dim), torch.empty(0)
 
-    def _release(self, message: Message) -> None:
+    def _release(self, message: Message, refused: str = "") -> None:
         """Let its sender make another batch: at once, or in lock-step when the learner next asks for one."""
-        if self._lock_step:
-            self._held.append(message)
-        else:
-            self._server.release(message, self._publisher.version)
+        if self._pacing == "lock_step":
+            self._held.append((message, refused))
+            return
+        version = self._publisher.publish() if self._pacing == "ahead" else self._publisher.version
+        self._server.release(message, version, refused)
 
     def refined(self) -> list[tuple[Tensor, Tensor]]:
         batches = []
@@ -144,7 +148,7 @@ class StreamSource:
             batch = self._accept(message)
             if batch is not None:
                 batches.append((batch["terminal"], batch["log_reward"]))
-            self._server.release(message, self._publisher.version)
+            self._server.release(message, self._publisher.version, self._reason)
         return batches
 
     def offer_seeds(self, draw: DrawSeeds, step: int) -> bool:
@@ -176,6 +180,7 @@ class StreamSource:
             "stream/queue_depth": counters["queue_depth"],
             "stream/rejected": counters["rejected"] + self._rejected,
             "stream/duplicates": counters["duplicates"],
+            "stream/refused_peers": counters["refused_peers"],
         }
 
     def random_state(self) -> dict[str, Tensor]:
@@ -189,6 +194,7 @@ class StreamSource:
 
         What does not fit this learner is counted as rejected and gives None too: a sender must not end the run.
         """
+        self._reason = ""
         counts = [message.counters.get(name, 0) for name in ("energy_evaluations", "rejected")]
         spent, rejected = (count if is_integer(count) and count <= MAX_COUNT else -1 for count in counts)
         tensors = {name: value.to(self._like.dtype) for name, value in message.tensors.items()}
@@ -207,9 +213,10 @@ class StreamSource:
             validate_trajectories(trajectories, self._policy.dim)
             return trajectories
         except TrajectoryError as error:
-            if str(error) != self._last_reason:
+            self._reason = str(error)
+            if self._reason != self._last_reason:
                 logger.warning("batch from %s rejected: %s", message.sender, error)
-            self._last_reason = str(error)
+            self._last_reason = self._reason
             self._rejected += max(1, message.rows)
             return None
 

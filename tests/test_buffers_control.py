@@ -5,6 +5,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,9 @@ def test_a_roles_context_names_it_and_reports_for_it(
     assert context("refiner", 0, client).name == "refiner-0"
     assert context("learner", 0, client).name == "learner"
     assert context("evaluator", 0, client).name == "evaluator"
+    assert actor.label == "3"
+    joined = replace(actor, joined_as="actor-explore-3@node7")
+    assert (joined.name, joined.label) == ("actor-explore-3@node7", "explore-3@node7")
     actor.report_metrics({"actor/3/trajectories_per_s": 12.5}, step=7, wall_s=1.5)
     (report,) = others(collect(server, lambda seen: bool(others(seen))))
     assert report == Report(

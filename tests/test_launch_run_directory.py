@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from driftstream.buffers.channels import StreamConfig
+from driftstream.buffers.keys import read_server_keys
 from driftstream.envs.errors import ConfigError
 from driftstream.launch.run_directory import RunDirectory, default_root
 from driftstream.launch.seeding import derive_seed
@@ -68,11 +70,39 @@ def test_sockets_of_a_long_path_move_elsewhere(tmp_path: Path) -> None:
 
 def test_tcp_addresses_are_free_ports_and_control_stays_local(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run")
-    with run.hold("127.0.0.1"):
+    with run.hold(StreamConfig(transport="tcp")):
         addresses = run.addresses()
+    assert not run.keys.exists()
     assert addresses.pop("control").startswith("ipc://")
     assert all(address.startswith("tcp://127.0.0.1:") for address in addresses.values())
     assert len(set(addresses.values())) == 3
+
+
+def test_encrypted_addresses_name_the_runs_keys_which_stay_with_it(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    stream = StreamConfig(transport="tcp", encrypted=True)
+    with run.hold(stream):
+        addresses = run.addresses()
+        keys = read_server_keys(run.keys)
+        assert keys.secret not in (run.sockets / "addresses.json").read_text()
+    assert len(set(addresses.values())) == 4
+    for address in addresses.values():
+        assert address.startswith("tcp://127.0.0.1:")
+        assert address.endswith(f"?keys={run.keys}")
+    with run.hold(stream):
+        assert read_server_keys(run.keys) == keys
+    run.keys.chmod(0o755)
+    with pytest.raises(ConfigError, match="mode 0700, not 0755"), run.hold(stream):
+        pass
+
+
+def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    with (
+        pytest.raises(ConfigError, match=r"stream\.host = '203\.0\.113\.1': expected an address of this machine"),
+        run.hold(StreamConfig(transport="tcp", host="203.0.113.1")),
+    ):
+        pass
 
 
 def test_default_directories_name_target_method_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

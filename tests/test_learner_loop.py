@@ -118,7 +118,7 @@ def stream(learner: Learner, tmp_path: Path, produces: str = "trajectories", cre
 
     publisher.publish()
     try:
-        yield StreamSource(server, publisher, learner.policy, False, {}, learner.draw_replayed), send, server
+        yield StreamSource(server, publisher, learner.policy, "window", {}, learner.draw_replayed), send, server
     finally:
         client.close()
         server.close()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from driftstream.buffers.channels import StreamClient, StreamConfig, StreamServer
+from driftstream.buffers.stream_config import Pacing
 from driftstream.envs.grids import uniform_grid
 from driftstream.launch.config import resolve
 from driftstream.launch.methods import load_method
@@ -20,7 +21,8 @@ WAIT_S = 10.0
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("rows", [0, 4], ids=["empty", "used"])
-def test_in_lock_step_the_next_batch_is_made_with_the_weights_of_the_step_that_asks(tmp_path: Path, rows: int) -> None:
+@pytest.mark.parametrize("pacing", ["lock_step", "ahead"])
+def test_one_batch_under_way_is_made_with_the_newest_weights(tmp_path: Path, pacing: Pacing, rows: int) -> None:
     config = load_method("default").config
     learner = build_learner(resolve(replace(config, replay=replace(config.replay, capacity=100, minimum=10))), seed=0)
     stream, endpoint = StreamConfig(max_staleness=0), f"ipc://{tmp_path}/stream"
@@ -30,16 +32,23 @@ def test_in_lock_step_the_next_batch_is_made_with_the_weights_of_the_step_that_a
         StreamServer(endpoint, stream, max_outstanding=1) as server,
         StreamClient(endpoint, "actor-0", 0, stream) as actor,
     ):
-        source = StreamSource(server, publisher, learner.policy, True, {}, learner.draw_replayed)
+        source = StreamSource(server, publisher, learner.policy, pacing, {}, learner.draw_replayed)
         assert actor.wait_for_credit(WAIT_S) == 0
         tensors = {"states": torch.zeros(rows, 6, 2), "times": uniform_grid(5), "log_reward": torch.zeros(rows)}
         actor.send("trajectories", tensors, policy_version=0, counters={"energy_evaluations": 4})
         batch = source.fresh(WAIT_S, step=0, progress=0.0)
         assert (batch is None) == (rows == 0)
+        learner.step = 5
         if batch is not None:
             source.consumed(batch)
-        learner.step = 5
-        assert source.fresh(0.0, step=5, progress=0.0) is None
-        assert actor.wait_for_credit(WAIT_S) == 5
+        if pacing == "ahead":
+            # It is begun now, with what this batch led to; the replayed steps that follow age it.
+            assert actor.wait_for_credit(WAIT_S) == (5 if rows else 0)
+            learner.step = 6
+        else:
+            assert actor.wait_for_credit(0.2) is None
+            learner.step = 6
+            assert source.fresh(0.0, step=6, progress=0.0) is None
+            assert actor.wait_for_credit(WAIT_S) == 6
         assert source.spent() == 4
     publisher.close()
