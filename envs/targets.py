@@ -7,12 +7,21 @@ from typing import Any
 from driftstream.envs.errors import ConfigError, TargetError, require
 from driftstream.envs.plugins import installed, load_plugin, plugin_origin
 from driftstream.envs.registry import Registry
-from driftstream.envs.targets_base import CountedTarget, Target, unwrap
+from driftstream.envs.targets_base import CountedTarget, Target, describe_point, unwrap
 from driftstream.envs.targets_funnel import easy_funnel, funnel
 from driftstream.envs.targets_gmm import gmm9, gmm25
 from driftstream.envs.targets_manywell import ManyWell
 
-__all__ = ["TARGETS", "CountedTarget", "Target", "make_target", "target_names", "target_origin", "unwrap"]
+__all__ = [
+    "TARGETS",
+    "CountedTarget",
+    "Target",
+    "describe_point",
+    "make_target",
+    "target_names",
+    "target_origin",
+    "unwrap",
+]
 
 TARGET_GROUP = "driftstream.targets"
 """Entry points of installed distributions."""

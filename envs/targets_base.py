@@ -11,6 +11,7 @@ from torch import Tensor
 from driftstream.envs.errors import TargetError
 
 R = TypeVar("R")
+_SHOWN = 8
 
 
 class Target(ABC):
@@ -95,7 +96,8 @@ class CountedTarget(Target):
     `energy_evaluations` and `gradient_evaluations` count the points at which log R and its gradient were
     computed, `nonfinite` those where either was NaN or infinite. A log reward is passed on as it is; a score
     with a non-finite entry becomes 0 in that row. Whatever the wrapped target raises, and any output of a
-    wrong kind or shape, becomes a TargetError that names it. `on_call` is called at every evaluation: a sign of life.
+    wrong kind or shape, becomes a TargetError that names it, and the input that did it. `on_call` is called at every
+    evaluation: a sign of life; `doing` says what is evaluated at present.
     """
 
     def __init__(self, target: Target) -> None:
@@ -111,6 +113,7 @@ class CountedTarget(Target):
         self.energy_evaluations = 0
         self.gradient_evaluations = 0
         self.nonfinite = 0
+        self._evaluated: Tensor | None = None
 
     @property
     def calls(self) -> int:
@@ -154,10 +157,20 @@ class CountedTarget(Target):
 
     def _guard(self, function: Callable[..., R], *args: object) -> R:
         self.on_call()
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        self._evaluated = x
         try:
             return function(*args)
         except Exception as error:
-            raise TargetError(f"target {self.name!r} raised {type(error).__name__}: {error}") from error
+            where = "" if x is None else f" (at {_culprit(function, x)})"
+            raise TargetError(f"target {self.name!r} raised {type(error).__name__}: {error}{where}") from error
+        finally:
+            self._evaluated = None
+
+    def doing(self) -> str:
+        """The evaluation under way, "target 'name' at x ...", or nothing; from any thread."""
+        x = self._evaluated
+        return "" if x is None else f"target {self.name!r} at {describe_point(x)}"
 
     def _check(self, value: object, x: Tensor, shape: torch.Size, what: str) -> Tensor:
         if not isinstance(value, Tensor):
@@ -181,6 +194,35 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def unwrap(target: Target) -> Target:
     """The target inside a CountedTarget: its evaluations are not counted, and its type tells what it is."""
     return target.target if isinstance(target, CountedTarget) else target
+
+
+def describe_point(x: Tensor) -> str:
+    """The first point of x [..., D] in a few words, for messages."""
+    shown = x.detach().reshape(-1, x.shape[-1])[:1].flatten()
+    values = ", ".join(f"{value:.6g}" for value in shown[:_SHOWN].tolist())
+    more = ", …" if len(shown) > _SHOWN else ""
+    others = f", the first of {x.numel() // x.shape[-1]}" if x.ndim > 1 and x.numel() > x.shape[-1] else ""
+    return f"x = [{values}{more}]{others}"
+
+
+def _culprit(function: Callable[..., object], x: Tensor) -> str:
+    """A point of a batch at which `function` raises, found by halving; the whole batch where no half raises alone."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    while len(rows) > 1:
+        half = len(rows) // 2
+        raising = next((part for part in (rows[:half], rows[half:]) if _raises(function, part)), None)
+        if raising is None:
+            break
+        rows = raising
+    return describe_point(rows)
+
+
+def _raises(function: Callable[..., object], x: Tensor) -> bool:
+    try:
+        function(x)
+    except Exception:
+        return True
+    return False
 
 
 def _sums_to_finite(values: Tensor) -> bool:

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,15 +19,29 @@ from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget
 from driftstream.eval.distances import wasserstein2_floor
 from driftstream.eval.evaluation import EvalConfig, Evaluation, evaluate_sampler
-from driftstream.eval.flow_plots import plot_flow
 from driftstream.eval.monitor import METRICS_FILE, json_safe
-from driftstream.eval.plots import DensityCache, plot_samples, plot_training_curves
-from driftstream.learner.checkpoint import load_checkpoint, load_latest
+from driftstream.learner.checkpoint import (
+    BEST,
+    CheckpointError,
+    CheckpointState,
+    clean_up,
+    find_checkpoint,
+    keep_only,
+    load_checkpoint,
+    load_latest,
+)
+
+if TYPE_CHECKING:
+    from driftstream.eval.plots import DensityCache
+
+# Plots are imported where they are drawn: matplotlib takes a tenth of the time in which a run starts.
 
 RESULTS_FILE, CHECKPOINTS, PLOTS = "results.json", "checkpoints", "plots"
 """Where a run directory holds them."""
 
 POLL_S = 0.2
+CRITERION = "eval/log_z_lower_bound"
+"""What the best weights are best by."""
 DUTY = 0.1
 """Largest share of the time that the evaluator works during training, so that it leaves the cores to the others."""
 
@@ -58,6 +74,7 @@ class Evaluator:
             self.times = self._uniform(config.sampling_steps or grid.sampling_steps)
         self._floor: float | None = None
         self._densities: DensityCache = {}
+        self._best: float | None = None
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of a policy."""
@@ -75,43 +92,67 @@ class Evaluator:
         generator.manual_seed(self._seed + 1)
         return evaluate_sampler(self.policy, self.process, self.target, times, self.config, generator, self._floor)
 
-    def evaluate_checkpoint(self, run_dir: Path, checkpoint: Path | None = None) -> tuple[Evaluation, dict]:
-        """Evaluate the averaged weights of a checkpoint (default: the newest whole one).
+    def evaluate_checkpoint(self, run_dir: Path, checkpoint: str = "last") -> tuple[Evaluation, dict]:
+        """Evaluate the averaged weights of a checkpoint (see `load_checkpoint`).
 
         Returns the evaluation and the position in training: step, wall_s, energy_evaluations.
         """
         position = self.load_checkpoint(run_dir, checkpoint)
         return self.evaluate(), position
 
-    def load_checkpoint(self, run_dir: Path, checkpoint: Path | None = None) -> dict[str, float]:
+    def load_checkpoint(self, run_dir: Path, checkpoint: str = "last") -> dict[str, float]:
         """Load the averaged weights of a checkpoint; returns the position in training.
 
-        Newer checkpoints that are damaged are passed over with a warning for each.
+        `checkpoint` is `last` (the newest whole one), `best`, `step-N`, or a path. For `last`, newer checkpoints that
+        are damaged are passed over with a warning for each.
         """
-        if checkpoint is None:
+        path = find_checkpoint(run_dir / CHECKPOINTS, checkpoint)
+        if path is None:
             state, damaged = load_latest(run_dir / CHECKPOINTS, groups=("ema",))
             for error in damaged:
                 _LOG.warning("checkpoint skipped: %s", error)
         else:
-            state = load_checkpoint(checkpoint, groups=("ema",))
+            state = load_checkpoint(path, groups=("ema",))
         self.load(state.groups["ema"])
         numbers = state.numbers
         return {
             "step": state.step,
-            "wall_s": numbers.get("elapsed_s", 0.0),
+            "wall_s": numbers.get("elapsed_s", numbers.get("wall_s", 0.0)),
             "energy_evaluations": numbers["energy_evaluations"],
         }
+
+    def keep_best(self, run_dir: Path, evaluation: Evaluation, position: Mapping[str, float]) -> None:
+        """Keep the weights just evaluated as the run's `best` checkpoint, if none before scored as high.
+
+        It holds the averaged weights alone: enough to sample and evaluate, not to go on training. A write that fails
+        is a warning.
+        """
+        directory, score = run_dir / CHECKPOINTS / BEST, evaluation.metrics[CRITERION]
+        try:
+            if self._best is None:
+                self._best = _best_so_far(directory)
+            if not score > self._best:
+                return
+            numbers = {name: position[name] for name in ("wall_s", "energy_evaluations")} | {CRITERION: score}
+            keep_only(directory, CheckpointState(int(position["step"]), {"ema": self.policy.state_dict()}, numbers), 1)
+            self._best = score
+        except OSError as error:
+            _LOG.warning("the best checkpoint is not kept (%s)", error)
 
     def plot(self, samples: Tensor, run_dir: Path) -> dict[str, str]:
         """Plot samples [N,D] over the target's contours into the run directory; returns the image by its name.
 
         Where that fails, as it may in a target's own code, it returns {} with a warning.
         """
+        from driftstream.eval.plots import plot_samples
+
         path = run_dir / PLOTS / "samples.png"
         return _image("plots/samples", lambda: plot_samples(self.target, samples, path, self._densities))
 
     def plot_flow(self, run_dir: Path) -> dict[str, str]:
         """Plot the learned state flow beside the true one, where that is known; returns the image by its name."""
+        from driftstream.eval.flow_plots import plot_flow
+
         path = run_dir / PLOTS / "flow.png"
         return _image("plots/flow", lambda: plot_flow(self.policy, self.process, self.target, self.times, path))
 
@@ -119,9 +160,22 @@ class Evaluator:
         return make_grid(GridConfig("uniform", sampling_steps), device=self.device)
 
 
+def _best_so_far(directory: Path) -> float:
+    """The score of the checkpoint in `best/`; minus infinity where there is none that is whole."""
+    if not directory.is_dir():
+        return -math.inf
+    clean_up(directory)
+    try:
+        state, _ = load_latest(directory, groups=())
+        return float(state.numbers[CRITERION])
+    except (CheckpointError, KeyError):
+        return -math.inf
+
+
 def final_evaluation(evaluator: Evaluator, run_dir: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Evaluate the last checkpoint, write results.json and the plots; returns metrics and images by name."""
     evaluation, position = evaluator.evaluate_checkpoint(run_dir)
+    evaluator.keep_best(run_dir, evaluation, position)
     metrics = {**evaluation.metrics, "eval/energy_evaluations": position["energy_evaluations"]}
     results = {**position, **metrics}
     figures = json_safe(results)
@@ -131,6 +185,8 @@ def final_evaluation(evaluator: Evaluator, run_dir: Path) -> tuple[dict[str, flo
     images = evaluator.plot(evaluation.samples, run_dir) | evaluator.plot_flow(run_dir)
     metrics_path = run_dir / METRICS_FILE
     if metrics_path.exists():
+        from driftstream.eval.plots import plot_training_curves
+
         path = run_dir / PLOTS / "training.png"
         images |= _image("plots/training", lambda: plot_training_curves(metrics_path, path, last=figures))
     return results, images
@@ -168,12 +224,9 @@ def run_evaluator(context: RoleContext, evaluator: Evaluator) -> None:
             start = time.monotonic()
             evaluation = evaluator.evaluate()
             calls = weights.energy_evaluations
-            context.report_metrics(
-                {**evaluation.metrics, "eval/energy_evaluations": calls},
-                step=weights.version,
-                wall_s=weights.wall_s,
-                energy_evaluations=calls,
-            )
+            position = {"step": weights.version, "wall_s": weights.wall_s, "energy_evaluations": calls}
+            context.report_metrics({**evaluation.metrics, "eval/energy_evaluations": calls}, **position)
+            evaluator.keep_best(context.run_dir, evaluation, position)
             context.control.report("images", evaluator.plot(evaluation.samples, context.run_dir))
             end = time.monotonic()
             due = max(start + every_s, end + (end - start) * (1.0 / DUTY - 1.0))

@@ -5,6 +5,7 @@ slowness reaches the run: a row that finds the queue full is dropped from W&B an
 JSONL.
 """
 
+import errno
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import secrets
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ ResolvedMode = Literal["online", "offline", "disabled"]
 METRICS_FILE = "metrics.jsonl"
 
 _QUEUE_ROWS = 1000
+_UNWRITTEN_ROWS = 100_000
 _LOG = logging.getLogger(__name__)
 
 
@@ -77,23 +80,28 @@ class Monitor:
     """The one sink of a run's metrics; used from one thread.
 
     Writes RUN/metrics.jsonl, one flat JSON object a line, and mirrors it to W&B, whose files are under
-    RUN/wandb. Only the JSONL can raise (OSError, on a full disk); what goes wrong with W&B is one warning.
+    RUN/wandb. Nothing here raises once it is made: what goes wrong with W&B is one warning, and rows that the disk
+    does not take wait in memory until it does.
     """
 
     def __init__(self, run_dir: Path, config: MonitorConfig, resolved_config: Mapping[str, Any]) -> None:
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._file = _PatientFile(run_dir / METRICS_FILE)
         self._position: dict[str, float | None] = {}
         mode = resolve_mode(config.wandb)
         self._wandb = None if mode == "disabled" else _WandbThread(run_dir, config, mode, resolved_config)
 
     def log(self, metrics: Mapping[str, float], step: int, wall_s: float, energy_evaluations: int) -> None:
-        """One row: on disk when this returns, on its way to W&B. Values that are not finite become null."""
+        """One row: on disk when this returns, on its way to W&B. Values that are not finite become null.
+
+        While the disk takes nothing, `monitor/unwritten` counts the rows that wait.
+        """
         self._position = {"step": step, "wall_s": wall_s, "energy_evaluations": energy_evaluations}
         row = self._position | json_safe(metrics)
         if self._wandb is not None and self._wandb.dropped:
             row["monitor/dropped"] = self._wandb.dropped
+        if self._file.waiting:
+            row["monitor/unwritten"] = self._file.waiting
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
         if self._wandb is not None:
             self._wandb.put(lambda run: run.log({k: v for k, v in row.items() if v is not None}))
 
@@ -120,6 +128,65 @@ def json_safe(figures: Mapping[str, float]) -> dict[str, float | None]:
     """The figures as plain numbers, None where they are not finite: JSON has no word for NaN or infinity."""
     numbers = {name: value if isinstance(value, int) else float(value) for name, value in figures.items()}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+class _PatientFile:
+    """Lines appended to a file, each whole; those that the disk does not take wait, the oldest lost beyond a bound."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: deque[bytes] = deque(maxlen=_UNWRITTEN_ROWS)
+        self._descriptor = self._open()
+        self._warned = ""
+
+    @property
+    def waiting(self) -> int:
+        return len(self._lines)
+
+    def write(self, line: str) -> None:
+        self._lines.append(line.encode())
+        self._flush()
+
+    def close(self) -> None:
+        if self._descriptor < 0:
+            return
+        self._flush()
+        if self._lines:
+            _LOG.warning("%s lacks the last %d rows", self._path, len(self._lines))
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _flush(self) -> None:
+        try:
+            if not os.fstat(self._descriptor).st_nlink:
+                self._replace()
+            while self._lines:
+                self._append(self._lines[0])
+                self._lines.popleft()
+            self._warned = ""
+        except OSError as error:
+            self._warn(f"{self._path} is not written ({error.strerror}); its rows wait in memory")
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def _append(self, line: bytes) -> None:
+        end = os.fstat(self._descriptor).st_size
+        if os.write(self._descriptor, line) < len(line):
+            os.ftruncate(self._descriptor, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _replace(self) -> None:
+        """Go on in a new file where the run directory was removed."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._warn(f"{self._path} was removed: its rows go on in a new file")
+        removed, self._descriptor = self._descriptor, self._open()
+        os.close(removed)
+
+    def _warn(self, what: str) -> None:
+        if what != self._warned:
+            self._warned = what
+            _LOG.warning("%s", what)
 
 
 class _WandbThread:

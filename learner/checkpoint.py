@@ -1,7 +1,8 @@
 """Atomic checkpoints: safetensors files and a manifest, written off the learner's path.
 
 A checkpoint is a directory `step-<n>` that appears by one rename when it is complete: every file is written and
-synced under a temporary name first, the manifest, which holds their SHA-256 sums, last.
+synced under a temporary name first, the manifest, which holds their SHA-256 sums, last. The learner keeps the newest
+ones; beside them `best/` holds one that the evaluator keeps, of the averaged weights that it scored highest.
 """
 
 import hashlib
@@ -15,14 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from driftstream.envs.errors import require
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
+BEST = "best"
 _NAME = re.compile(r"step-(\d+)")
+_REPLACED = re.compile(r"\.(step-\d+)\.replaced\.partial")
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,10 @@ def load_checkpoint(path: Path, groups: tuple[str, ...] | None = None) -> Checkp
             raise CheckpointError(f"{path / name}: unreadable ({error})") from error
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"{path / name}: damaged (its SHA-256 is not the manifest's)")
-        loaded[group] = load(data)
+        try:
+            loaded[group] = load(data)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path / name}: no safetensors file ({error})") from error
     return CheckpointState(step, loaded, numbers)
 
 
@@ -147,21 +154,61 @@ def load_latest(
     raise CheckpointError(f"no usable checkpoint in {directory}{cause}")
 
 
+def find_checkpoint(directory: Path, name: str) -> Path | None:
+    """The checkpoint that a user means by `best`, `step-N` or a path; None for `last`, the newest whole one.
+
+    Raises:
+        CheckpointError: there is no such checkpoint; it says which there are.
+    """
+    if name == "last":
+        return None
+    paths = checkpoint_paths(directory / BEST)[-1:] if name == BEST else [directory / name, Path(name)]
+    found = next((path for path in paths if (path / MANIFEST).exists()), None)
+    if found is None:
+        there = [path.name for path in checkpoint_paths(directory)]
+        known = ["last", *([BEST] if checkpoint_paths(directory / BEST) else []), *there]
+        raise CheckpointError(f"no checkpoint {name!r} in {directory}: expected {', '.join(known)}, or a path")
+    return found
+
+
+def keep_only(directory: Path, state: CheckpointState, keep: int) -> Path:
+    """Write a checkpoint, then remove all but it and the `keep - 1` before it; returns its path.
+
+    One of a later step is damaged, as the run went on from before it, and must not stand for a newer one.
+    """
+    path = save_checkpoint(directory, state)
+    paths = checkpoint_paths(directory)
+    end = paths.index(path) + 1
+    for old in (*paths[: max(0, end - keep)], *paths[end:]):
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def clean_up(directory: Path) -> None:
+    """Remove what a process that was killed left half written, and put back what it was replacing."""
+    for partial in directory.glob(".step-*.partial"):
+        replaced = _REPLACED.fullmatch(partial.name)
+        if replaced and not (directory / replaced[1]).exists():
+            partial.rename(directory / replaced[1])
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 class Checkpointer:
     """Writes checkpoints in a thread of its own, one at a time, and removes old ones.
 
-    A write that fails (a full disk) is kept in `error` and tried again at the next interval; the checkpoints
-    before it stay. What a process that was killed left half written is removed.
+    A write that fails (a full disk) is kept in `error`, counted in `failures` and tried again at the next interval;
+    the checkpoints before it stay. What a process that was killed left half written is removed.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self.directory = directory
         self.config = config
         self.error: str | None = None
+        self.failures = 0
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
-        for partial in directory.glob(".step-*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
+        clean_up(directory)
 
     def due(self) -> bool:
         """Whether the interval is over and the last write has ended."""
@@ -187,13 +234,12 @@ class Checkpointer:
 
     def _write(self, state: CheckpointState) -> None:
         try:
-            save_checkpoint(self.directory, state)
+            keep_only(self.directory, state, self.config.keep)
             self.error = None
-            for path in checkpoint_paths(self.directory)[: -self.config.keep]:
-                shutil.rmtree(path, ignore_errors=True)
         except Exception as error:
             # Whatever it is: unseen, it would end the thread and with it the run's last state.
             self.error = str(error) or type(error).__name__
+            self.failures += 1
             shutil.rmtree(self.directory / f".step-{state.step}.partial", ignore_errors=True)
 
 

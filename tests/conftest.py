@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,13 @@ def processes(root: Path) -> dict[str, int]:
 class Training:
     """One `driftstream train` with its output and the time of each line."""
 
-    def __init__(self, root: Path, *arguments: str) -> None:
+    def __init__(self, root: Path, *arguments: str, prefix: Sequence[str] = ()) -> None:
         self.root = root
         self.output = root.with_suffix(".txt")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.output.open("wb") as file:
             self.process = subprocess.Popen(
-                [DRIFTSTREAM, "train", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
+                [*prefix, DRIFTSTREAM, "train", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
             )
 
     def wait_for(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -147,12 +147,24 @@ class Training:
 @pytest.fixture
 def train(tmp_path: Path) -> Iterator[Callable[..., Training]]:
     """Starts small training runs, `train(*arguments)` with "{root}" for the run directory; none is left behind."""
+    yield from _starter(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def train_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Training]]:
+    """`train`, for runs that the tests of a file share."""
+    yield from _starter(tmp_path_factory.mktemp("runs"))
+
+
+def _starter(directory: Path) -> Iterator[Callable[..., Training]]:
     started: list[Training] = []
 
-    def start(*arguments: str, root: Path | None = None, wandb: str = "disabled") -> Training:
-        root = root or tmp_path / f"run{len(started)}"
+    def start(
+        *arguments: str, root: Path | None = None, wandb: str = "disabled", prefix: Sequence[str] = ()
+    ) -> Training:
+        root = root or directory / f"run{len(started)}"
         given = [argument.replace("{root}", str(root)) for argument in arguments]
-        started.append(Training(root, *given, *SMALL, "--wandb", wandb))
+        started.append(Training(root, *given, *SMALL, "--wandb", wandb, prefix=prefix))
         return started[-1]
 
     yield start

@@ -71,6 +71,22 @@ def evaluator_fails_once(role: str, config: object, context: RoleContext) -> Non
     obey(role, config, context)
 
 
+def actor_dies_now_and_then(role: str, config: object, context: RoleContext) -> None:
+    if role == "actor":
+        context.control.report("event", {"text": f"{context.name} runs, epoch {context.epoch}"})
+        time.sleep(0.6)
+        raise ValueError("no luck")
+    obey(role, config, context)
+
+
+def learner_drops_senders(role: str, config: object, context: RoleContext) -> None:
+    if role == "learner":
+        for sender in ("actor-0", "stranger"):
+            payload = {"sender": sender, "reason": "10 messages in a row refused"}
+            context.control.report("dropped", payload)
+    obey(role, config, context)
+
+
 def main(root: str, role_function: str) -> int:
     run = RunDirectory.open(Path(root))
     plan = RunPlan.from_toml(run.config.read_text())

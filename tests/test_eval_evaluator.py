@@ -11,9 +11,9 @@ from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
 from driftstream.envs.grids import GridConfig
 from driftstream.envs.processes import BrownianProcess
 from driftstream.envs.targets import CountedTarget, Target, make_target
-from driftstream.eval.evaluation import EvalConfig
+from driftstream.eval.evaluation import EvalConfig, Evaluation
 from driftstream.eval.evaluator import Evaluator, final_evaluation
-from driftstream.learner.checkpoint import CheckpointState, save_checkpoint
+from driftstream.learner.checkpoint import CheckpointState, checkpoint_paths, save_checkpoint
 
 FEW = 10
 """Too few samples for an estimate of khat, which is then NaN."""
@@ -81,6 +81,37 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(run_dir: Path, caplog: pyte
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "step-20" in record.message
+
+
+def scored(log_z_lower_bound: float) -> Evaluation:
+    return Evaluation({"eval/log_z_lower_bound": log_z_lower_bound}, torch.empty(0, 2), torch.empty(0))
+
+
+def test_the_best_weights_stay_whatever_comes_after_them(run_dir: Path) -> None:
+    evaluator, best = make_evaluator(make_target("gmm9")), run_dir / "checkpoints" / "best"
+    for step, score in ((1, -3.0), (2, -1.0), (3, math.nan), (4, -2.0)):
+        torch.nn.init.constant_(next(evaluator.policy.parameters()), step)
+        evaluator.keep_best(run_dir, scored(score), {"step": step, "wall_s": 0.5 * step, "energy_evaluations": step})
+    assert [path.name for path in checkpoint_paths(best)] == ["step-2"]
+    again = make_evaluator(make_target("gmm9"))
+    again.keep_best(run_dir, scored(-1.5), {"step": 7, "wall_s": 9.0, "energy_evaluations": 9})
+    assert again.load_checkpoint(run_dir, "best") == {"step": 2, "wall_s": 1.0, "energy_evaluations": 2}
+    assert bool((next(again.policy.parameters()) == 2).all())
+    again.keep_best(run_dir, scored(-0.5), {"step": 1, "wall_s": 9.0, "energy_evaluations": 9})
+    assert [path.name for path in checkpoint_paths(best)] == ["step-1"], "a resumed run may be better earlier"
+
+
+def test_the_last_weights_may_be_the_best(run_dir: Path) -> None:
+    evaluator = make_evaluator(make_target("gmm9"))
+    final_evaluation(evaluator, run_dir)
+    assert evaluator.load_checkpoint(run_dir, "best")["step"] == 20
+
+
+def test_a_best_checkpoint_that_cannot_be_written_is_a_warning(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run_dir / "checkpoints" / "best").touch()
+    position = {"step": 1, "wall_s": 1.0, "energy_evaluations": 1}
+    make_evaluator(make_target("gmm9")).keep_best(run_dir, scored(0.0), position)
+    assert "the best checkpoint is not kept" in caplog.text
 
 
 def test_a_plot_that_fails_is_one_warning(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -76,6 +76,14 @@ def test_one_run_is_one_flat_object(answer: Answer, runs: Path) -> None:
     assert results["eval/flow_error"] > 0
 
 
+def test_a_checkpoint_is_named(answer: Answer, capsys: pytest.CaptureFixture[str]) -> None:
+    last = json.loads(answer("fixed", "--json"))
+    for name in ("best", "last", "step-3", "fixed/checkpoints/step-3"):
+        assert json.loads(answer("fixed", "--checkpoint", name, "--json"))["step"] == last["step"]
+    assert main(["eval", "fixed", "--checkpoint", "step-2"]) == 1
+    assert "no checkpoint 'step-2'" in capsys.readouterr().err
+
+
 def test_several_runs_are_a_table_each(answer: Answer) -> None:
     text = answer("fixed", "learned")
     assert text.count("Δlog Z RW") == 2

@@ -193,6 +193,38 @@ def test_the_last_actor_beyond_its_restarts_ends_the_run(run: Run) -> None:
     assert any("actor-0 |" in text and "ValueError: no luck" in text for text in run.events)
 
 
+def test_a_role_that_worked_for_a_while_has_its_budget_again(run: Run) -> None:
+    settings = SupervisorConfig(max_restarts=1, restart_delay_s=0.05, restart_reset_s=0.5)
+
+    def script() -> None:
+        run.event("actor-0 runs, epoch 3")
+        (run.root / "enough").touch()
+
+    assert run.supervise("actor_dies_now_and_then", script, settings) == (0, "")
+    counts = {text.rpartition("(")[2] for text in run.events if "restarted in" in text}
+    assert counts == {"1 of 1)"}
+
+
+def test_a_stopped_role_is_replaced_long_before_it_counts_as_silent(run: Run) -> None:
+    def script() -> None:
+        run.all_run()
+        run.replaced("actor-0", signal.SIGSTOP)
+        assert run.event("actor-0", "stopped for", "restarted")
+        run.finish()
+
+    assert run.supervise(script=script, settings=SupervisorConfig(heartbeat_timeout_s=1000.0)) == (0, "")
+
+
+def test_what_the_learner_drops_is_started_again(run: Run) -> None:
+    def script() -> None:
+        run.pid("actor-0")
+        run.event("actor-0", "dropped by the learner: 10 messages in a row refused", "restarted")
+        run.event("stranger dropped by the learner: 10 messages in a row refused")
+        run.finish()
+
+    assert run.supervise("learner_drops_senders", script) == (0, "")
+
+
 def test_a_failing_target_ends_the_run_at_once(run: Run) -> None:
     code, cause = run.supervise("target_fails", lambda: None)
     assert code == 1

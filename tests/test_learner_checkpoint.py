@@ -1,5 +1,7 @@
 """Checkpoints: replaced without a gap, never half there, and a failed write is known."""
 
+import hashlib
+import json
 import threading
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from driftstream.learner.checkpoint import (
     CheckpointError,
     CheckpointState,
     checkpoint_paths,
+    find_checkpoint,
     load_checkpoint,
+    load_latest,
     save_checkpoint,
 )
 
@@ -48,12 +52,64 @@ def test_what_a_killed_process_left_is_removed_at_the_start(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_process_was_about_to_replace_is_put_back(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, state())
+    path.rename(tmp_path / ".step-5.replaced.partial")
+    Checkpointer(tmp_path, CheckpointConfig())
+    assert list(tmp_path.iterdir()) == [path]
+    assert load_checkpoint(path).step == 5
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_stay_and_none_of_a_later_step(keep: int, tmp_path: Path) -> None:
+    for step in (1, 2, 9):
+        save_checkpoint(tmp_path, state(step=step))
+    (tmp_path / "step-9" / "policy.safetensors").write_bytes(b"torn")
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=keep))
+    checkpointer.save(state(step=5))
+    checkpointer.wait()
+    assert checkpoint_paths(tmp_path) == [tmp_path / f"step-{step}" for step in (2, 5)[-keep:]]
+
+
+def test_a_file_that_the_manifest_vouches_for_may_still_be_no_tensors(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, state(1.0))
+    junk, manifest = b"junk", json.loads((path / "manifest.json").read_text())
+    (path / "policy.safetensors").write_bytes(junk)
+    manifest["files"]["policy.safetensors"] = {"sha256": hashlib.sha256(junk).hexdigest(), "bytes": len(junk)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors: no safetensors file"):
+        load_checkpoint(path)
+
+
+def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step=step))
+    (tmp_path / "step-2" / "policy.safetensors").write_bytes(b"torn")
+    found, (error,) = load_latest(tmp_path)
+    assert found.step == 1
+    assert "step-2/policy.safetensors: damaged" in str(error)
+
+
+def test_a_checkpoint_is_found_by_what_a_user_calls_it(tmp_path: Path) -> None:
+    paths = [save_checkpoint(tmp_path, state(step=step)) for step in (1, 2)]
+    assert find_checkpoint(tmp_path, "last") is None
+    assert find_checkpoint(tmp_path, "step-1") == paths[0]
+    assert find_checkpoint(tmp_path, str(paths[1])) == paths[1]
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'best' in .*: expected last, step-1, step-2, or a path"):
+        find_checkpoint(tmp_path, "best")
+    best = save_checkpoint(tmp_path / "best", state(step=1))
+    assert find_checkpoint(tmp_path, "best") == best
+    with pytest.raises(CheckpointError, match="expected last, best, step-1, step-2, or a path"):
+        find_checkpoint(tmp_path, "step-3")
+
+
 def test_whatever_fails_is_kept_as_the_error_until_a_write_succeeds(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, CheckpointConfig())
     checkpointer.save(state(unwritable=threading.Lock()))
     checkpointer.wait()
     assert checkpointer.error is not None
     assert "not JSON serializable" in checkpointer.error
+    assert checkpointer.failures == 1
     assert not list(tmp_path.iterdir())
     checkpointer.save(state())
     checkpointer.wait()
