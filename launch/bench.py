@@ -16,6 +16,8 @@ from rich.table import Table
 from driftstream.envs.errors import require
 from driftstream.eval.bench_gradients import Moment, bench_gradients
 from driftstream.eval.bench_objectives import Update, UpdateTime, peak_bytes, time_updates
+from driftstream.launch.bench_runs import PARTS as RUNS
+from driftstream.launch.bench_runs import runs
 from driftstream.launch.bench_speed import speed
 from driftstream.launch.config import RunConfig, resolve
 from driftstream.launch.flags import BenchFlags, UsageError
@@ -58,6 +60,8 @@ def run(flags: BenchFlags) -> int:
             result, tables = gradients(flags)
         elif flags.what == "objectives":
             result, tables = objectives(flags)
+        elif flags.what in RUNS:
+            result, tables = runs(flags, status.update)
         else:
             result, tables = speed(flags, status.update)
         status.stop()

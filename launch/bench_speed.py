@@ -42,9 +42,15 @@ CAPTIONS = {
 
 def speed(flags: BenchFlags, announce: Callable[[str], object]) -> tuple[dict[str, Any], list[Table]]:
     """Every part that is asked for, one after the other."""
-    for name in ("steps", "segment_length", "lam"):
+    of_others = {
+        "steps": "gradients",
+        "segment_length": "gradients and objectives",
+        "lam": "gradients and objectives",
+        "seconds": "end-to-end and scale",
+        "out": "scale",
+    }
+    for name, allowed in of_others.items():
         if getattr(flags, name) is not None:
-            allowed = "gradients" if name == "steps" else "gradients and objectives"
             raise UsageError(f"--{name.replace('_', '-')}: of `bench {allowed}` only")
     repeats = DEFAULT_REPEATS if flags.repeats is None else flags.repeats
     config = speed_config(flags)

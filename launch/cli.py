@@ -1,4 +1,4 @@
-"""The command line: `driftstream train|sample|eval|list|new|check|bench`. Only what a command needs is imported."""
+"""The command line: `driftstream train|join|sample|eval|list|new|check|bench`. Only what one needs is imported."""
 
 import sys
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ usage: driftstream COMMAND …
 Train diffusion samplers for densities known up to their normaliser.
 
   driftstream train gmm25                     train, evaluate, plot; Ctrl-C saves and stops
+  driftstream join join.toml --actors 4       help a run with actors on another host
   driftstream sample RUN -n 1000 -o FILE.npz  draw from a trained sampler, with importance weights
   driftstream eval RUN                        how good it is, and how far to trust it
   driftstream list targets                    what there is to sample
@@ -32,9 +33,11 @@ Train diffusion samplers for densities known up to their normaliser.
   driftstream bench objectives                what the objectives cost
   driftstream bench all                       what the parts of a run cost, beside what they must cost
 
+  driftstream soak gmm9 --minutes 5           whether a run keeps what is promised while its parts fail
+
 `driftstream COMMAND --help` lists a command's flags.
 """
-COMMANDS = ("train", "sample", "eval", "list", "new", "check", "bench")
+COMMANDS = ("train", "join", "sample", "eval", "list", "new", "check", "bench", "soak")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +55,10 @@ def _run(command: str, arguments: list[str], prog: str) -> int:
         from driftstream.launch import train
 
         return train.run(arguments, prog)
+    if command == "join":
+        from driftstream.launch import join
+
+        return join.run(arguments, prog)
     # Flags are parsed before `commands` is imported, and torch with it: a mistyped flag is answered at once.
     if command == "sample":
         sample = parse(SampleFlags, arguments, prog)
@@ -77,6 +84,10 @@ def _run(command: str, arguments: list[str], prog: str) -> int:
         from driftstream.launch import check
 
         return check.check(plugin)
+    if command == "soak":
+        from driftstream.launch import soak
+
+        return soak.run(arguments, prog)
     if command == "bench":
         measure = parse(BenchFlags, arguments, prog)
         from driftstream.launch import bench

@@ -32,7 +32,7 @@ def sample(flags: SampleFlags) -> int:
         raise UsageError(f"-o {flags.output}: expected a name that ends in .npz")
     if not flags.output.absolute().parent.is_dir():
         raise UsageError(f"-o {flags.output}: the directory does not exist")
-    evaluator, _ = _load(flags.run, checkpoint=flags.checkpoint)
+    evaluator, _ = _load(flags.run, flags.checkpoint)
     policy, process, times = evaluator.policy, evaluator.process, evaluator.times
     generator = torch.Generator(evaluator.device).manual_seed(flags.seed)
     drawn = draw(policy, process, evaluator.target, times, flags.n, generator, flags.batch_size)
@@ -43,9 +43,9 @@ def sample(flags: SampleFlags) -> int:
 
 
 def evaluate(flags: EvalFlags) -> int:
-    """Evaluate the last checkpoint of each run, on as many samples as asked for."""
+    """Evaluate a checkpoint of each run, by default the last, on as many samples as asked for."""
     runs, counts = flags.runs, flags.step_counts
-    loaded = {run: _load(run, samples=flags.samples, seed=flags.seed) for run in runs}
+    loaded = {run: _load(run, flags.checkpoint, flags.samples, flags.seed) for run in runs}
     if counts is not None:
         return _sweep(loaded, counts, flags.json)
     every = []
@@ -111,7 +111,7 @@ def show_list(flags: ListFlags) -> int:
 
 
 def _load(
-    root: Path, samples: int | None = None, seed: int | None = None, checkpoint: Path | None = None
+    root: Path, checkpoint: str, samples: int | None = None, seed: int | None = None
 ) -> tuple[Evaluator, dict[str, float]]:
     """An evaluator with a checkpoint's policy, and the position in training that it is from."""
     run = RunDirectory.open(root)

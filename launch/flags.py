@@ -21,6 +21,7 @@ from driftstream.envs.errors import ConfigError, PluginError, TargetError
 Flags = TypeVar("Flags")
 Optional = arg(help_behavior_hint="")
 N = arg(metavar="N", help_behavior_hint="")
+Checkpoint = Annotated[str, arg(metavar="last|best|step-N|DIR")]
 KINDS = arg(metavar="N|KIND:N,…", help_behavior_hint="")
 
 
@@ -82,6 +83,20 @@ class TrainFlags:
 
 
 @dataclass(frozen=True)
+class JoinFlags:
+    """Run actors and refiners on this host for a run whose learner is on another, until it ends."""
+
+    file: Annotated[Path, Positional, arg(metavar="FILE")]
+    """A copy of the run's keys/join.toml, readable by you only (chmod 600)."""
+    actors: Annotated[str | None, KINDS] = None
+    """Processes that explore, on this host: a number, or counts by kind; by default 1, or none beside --refiners."""
+    refiners: Annotated[str | None, KINDS] = None
+    """Processes that refine states by Markov chains, on this host: a number, or counts by kind."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Directory for this host's logs; by default runs/TARGET-METHOD-joined-TIME."""
+
+
+@dataclass(frozen=True)
 class SampleFlags:
     """Draw samples of a trained sampler, with log reward and log importance weight, into an .npz file."""
 
@@ -95,8 +110,8 @@ class SampleFlags:
     """Seed of the draws."""
     batch_size: int = 1000
     """Samples drawn at a time."""
-    checkpoint: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: the newest)")] = None
-    """A checkpoint of the run, such as RUN/checkpoints/step-1000."""
+    checkpoint: Checkpoint = "last"
+    """last, best (of the evaluations during training), step-N, or a checkpoint's directory."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,8 @@ class EvalFlags:
     """Trajectories to draw."""
     seed: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: as in training)")] = None
     """Seed of the draws."""
+    checkpoint: Checkpoint = "last"
+    """last, best (of the evaluations during training), step-N, or a checkpoint's directory."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -149,19 +166,34 @@ class ListFlags:
 
 @dataclass(frozen=True)
 class BenchFlags:
-    """Measure what the parts of a run cost, or how noisy the objectives' gradients are, on the CPU in one thread.
+    """Measure what a run and its parts cost, or how noisy the objectives' gradients are, on the CPU.
 
     rollout, update, mala, replay, weights and stream are each measured beside a floor, what they cannot do without,
-    and some beside a naive way of doing the same; all is these six. gradients trains a sampler and tabulates every
-    objective's gradient noise at equal cost, before and after; objectives tabulates seconds and peak memory of one
-    update.
+    and some beside a naive way of doing the same; all is these six. start, end-to-end and scale measure whole runs,
+    in minutes: the way to the first learner step; the learner with an actor and a refiner beside itself fed from
+    memory; trajectories/s and memory with the number of actors, and a step's with the dimension, both also as plots.
+    gradients trains a sampler and tabulates every objective's gradient noise at equal cost, before and after;
+    objectives tabulates seconds and peak memory of one update.
     """
 
     what: Annotated[
-        Literal["gradients", "objectives", "rollout", "update", "mala", "replay", "weights", "stream", "all"],
+        Literal[
+            "gradients",
+            "objectives",
+            "rollout",
+            "update",
+            "mala",
+            "replay",
+            "weights",
+            "stream",
+            "all",
+            "start",
+            "end-to-end",
+            "scale",
+        ],
         Positional,
     ]
-    """rollout, update, mala, replay, weights, stream, all, gradients or objectives."""
+    """rollout, update, mala, replay, weights, stream, all, start, end-to-end, scale, gradients or objectives."""
     target: Annotated[str | None, arg(metavar="TARGET", help_behavior_hint="(default: manywell; gradients: gmm9)")] = (
         None
     )
@@ -176,14 +208,52 @@ class BenchFlags:
     """Steps of the diffusion, T."""
     segment_length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: T/5)")] = None
     """Transitions of a segment, for gradients and objectives."""
-    repeats: Annotated[int | None, arg(metavar="K", help_behavior_hint="(default: 20; gradients: 64)")] = None
+    repeats: Annotated[
+        int | None, arg(metavar="K", help_behavior_hint="(default: 20; gradients: 64; whole runs: 3; scale: 5)")
+    ] = None
     """Gradients, or timed rounds, of everything that is compared."""
+    seconds: Annotated[float | None, arg(metavar="X", help_behavior_hint="(end-to-end: 20; scale: 10)")] = None
+    """How long each run is watched."""
+    actors: Annotated[str, arg(metavar="N,N,…")] = "1,2,4,8,16"
+    """Numbers of actors, for scale."""
+    dims: Annotated[str, arg(metavar="D,D,…")] = "32,128,512,1600"
+    """Dimensions, for scale."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: here)")] = None
+    """Where scale draws its plots."""
     lam: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 2)")] = None
     """The λ of subtrajectory balance, for gradients and objectives."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Seed of the networks and of every draw."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+
+@dataclass(frozen=True)
+class SoakFlags:
+    """Train a sampler of TARGET while faults hit the run at random times, and tell which promises held.
+
+    Every field of the configuration is a flag too, as with train. Exit code 1 where a promise broke.
+    """
+
+    target: Annotated[str, Positional, arg(metavar="TARGET")]
+    """Name of a target, or path/file.py:Class."""
+    minutes: Annotated[float, arg(metavar="X")] = 20.0
+    """Minutes of training; what a fault costs comes on top."""
+    faults: Annotated[str, arg(metavar="all|KIND,…")] = "all"
+    """kill-actor, stop-actor, kill-refiner, stop-refiner, kill-evaluator, frames (that nobody may send), suspend,
+    interrupt, kill-learner, kill-supervisor (these three with a resume), or all of them."""
+    every_s: Annotated[float, arg(metavar="X")] = 5.0
+    """Mean seconds from a fault that is over to the next."""
+    method: Annotated[str, arg(metavar="NAME|FILE.toml")] = "default"
+    """What to train with."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Decides the order, times and victims of the faults, as far as the run's own timing lets it."""
+    compare: Annotated[int, arg(metavar="K")] = 0
+    """Undisturbed runs of as many steps afterwards, to compare the results with."""
+    fuzz: Annotated[int, arg(metavar="N")] = 0
+    """Mutated messages for the decoders afterwards."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Run directory; by default runs/TARGET-soak-TIME."""
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from driftstream.launch.heap import heap_variables
 from driftstream.launch.run_directory import RunDirectory
 from driftstream.launch.seeding import derive_seed
-from driftstream.launch.worker import ROLE_FUNCTION, role_name, worker_main
+from driftstream.launch.worker import DUMP_STACK, ROLE_FUNCTION, role_name, worker_main
 
 STARTS_A_LAUNCH = 1000
 """Epochs are counted on from here in each later launch of a run, so that a resumed run repeats none."""
 FIRST_REPORT_S = 20.0
 """A new process may import and compile for this long before it counts as silent."""
-_MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+DUMP_S = 0.1
+"""What a process that hangs may take to write down where."""
 FORK_SERVER_GONE = 255
 """The exit code that `multiprocessing` makes up for children of a fork server that has died."""
 
@@ -57,8 +59,7 @@ def _inherited_settings() -> Iterator[None]:
     # The resource tracker would speak last on the screen, about semaphores of roles that were killed.
     warnings = os.environ.get("PYTHONWARNINGS")
     settings = {"PYTHONWARNINGS": ",".join(filter(None, (warnings, "ignore:resource_tracker:UserWarning")))}
-    # glibc would give the pages of large temporary tensors back at once, and fault them in again in every update.
-    settings |= {name: os.environ.get(name, "1000000000") for name in _MALLOC_SETTINGS}
+    settings |= heap_variables()
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -87,19 +88,21 @@ class RoleProcess:
         launch: int = 0,
         role_function: str = ROLE_FUNCTION,
         kind: str = "",
+        joined_as: str = "",
     ) -> None:
-        self.role, self.index, self.name = role, index, role_name(role, index)
+        self.role, self.index, self.name = role, index, joined_as or role_name(role, index)
         self.title = f"{self.name} ({kind})" if kind else self.name
         self.log = run.log(self.name)
-        self.starts, self.restarts_left = 0, restarts
+        self.starts, self.attempts, self.restarts_left = 0, 0, restarts
         self.restart_at: float | None = None
         self.command: str | None = None
         self.deadline: float | None = None
         self.error: dict[str, Any] = {}
-        self.turn_s = 0.0
-        """How long its work has taken since it last came round, as it said last."""
+        self.turn_s, self.doing = 0.0, ""
+        """How long its work has taken since it last came round, and what it is at, as it said last."""
+        self._restarts, self._started = restarts, 0.0
         self._run, self._context, self._seed = run, context, seed
-        self._launch, self._role_function = launch, role_function
+        self._launch, self._role_function, self._joined_as = launch, role_function, joined_as
         self._process: ForkServerProcess | None = None
         self._killed_as = ""
         self._silent_from = 0.0
@@ -108,14 +111,16 @@ class RoleProcess:
         """Start a process for the role; it has a new epoch and a random stream of its own."""
         epoch = self._launch * STARTS_A_LAUNCH + self.starts
         seed = derive_seed(self._seed, self.role, self.index, epoch)
-        arguments = (str(self._run.root), self.role, self.index, epoch, seed, self._role_function)
+        arguments = (str(self._run.root), self.role, self.index, epoch, seed, self._role_function, self._joined_as)
         process = self._context.Process(target=worker_main, args=arguments, name=self.name)
         process.start()
         self._process = process
         self.starts += 1
+        self.attempts += 1
+        self._started = time.monotonic()
         self.restart_at, self.error, self._killed_as = None, {}, ""
-        self._silent_from = time.monotonic() + FIRST_REPORT_S
-        self.turn_s = 0.0
+        self._silent_from = self._started + FIRST_REPORT_S
+        self.turn_s, self.doing = 0.0, ""
 
     @property
     def alive(self) -> bool:
@@ -137,6 +142,19 @@ class RoleProcess:
         """Process id, where a process runs."""
         return self._process.pid if self._process is not None and self.alive else None
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the process is stopped (SIGSTOP), where the system says so (Linux)."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b") ")[2][:1] == b"T"
+        except OSError:
+            return False
+
+    def forgive(self, now: float, after_s: float) -> None:
+        """Give the whole budget of restarts back to a role that worked for `after_s` before it ended."""
+        if now - self._started - self.turn_s >= after_s:
+            self.attempts, self.restarts_left = 1, self._restarts
+
     def heard(self, now: float) -> None:
         """Note a sign of life."""
         self._silent_from = now
@@ -156,6 +174,13 @@ class RoleProcess:
         if self._process is not None and self.alive:
             self._killed_as = reason
             self._process.kill()
+
+    def dump_stack(self) -> None:
+        """Let the process write to its log what it is at."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, DUMP_STACK)
+            time.sleep(DUMP_S)
 
     def join(self, timeout_s: float = 5.0) -> None:
         """Wait for the end of a process that was killed."""

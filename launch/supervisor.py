@@ -1,30 +1,37 @@
 """The process that a user starts: it starts every role, watches them, and ends them in bounded time."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from enum import Enum
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import tomli_w
 import zmq
 
 from driftstream.buffers.control import ControlServer, Report
 from driftstream.eval.monitor import Monitor
+from driftstream.launch.hosts import JoinedHosts
 from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import RoleProcess, tail
 from driftstream.launch.progress import Progress
 from driftstream.launch.run_directory import RunDirectory
+from driftstream.launch.start_up import StartUp
 from driftstream.launch.worker import FAILED_FOR_GOOD, ROLE_FUNCTION
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 TICK_MS = 100
 PAUSE_S = 1.0
 """A turn of the loop that takes longer was a pause of this process (Ctrl-Z, a suspended machine)."""
+STOPPED_S = 1.5
+"""A role that was stopped (SIGSTOP) is silent for this long before it is killed."""
 LONGEST_DELAY_S = 30.0
+LAST_LINES, LAST_LINES_OF_A_RUN = 3, 8
+"""Shown of the log of a role that died, and of one that ends the run with it."""
 ORDINARY_KINDS = ("explore", "mala")
 """Kinds that go without saying."""
 FINAL_EVALUATION_S = 600.0
@@ -60,6 +67,7 @@ class Supervisor:
         context: ForkServerContext,
         progress: Progress,
         role_function: str = ROLE_FUNCTION,
+        start_up: StartUp | None = None,
     ) -> None:
         self.plan, self.run_directory, self.progress = plan, run, progress
         self._launch = launch
@@ -68,6 +76,7 @@ class Supervisor:
         self.cause = ""
         """Why the run failed or was interrupted: one line."""
         self._context, self._role_function = context, role_function
+        self._start_up = start_up or StartUp()
         self._phase = Phase.TRAINING
         self._exit_code = DONE
         self._roles: dict[str, RoleProcess] = {}
@@ -83,6 +92,8 @@ class Supervisor:
         self._control = ControlServer(self.run_directory.addresses()["control"])
         self._monitor = Monitor(self.run_directory.root, self.plan.monitor, self.plan.resolved)
         self._roles = {role.name: role for role in self._make_roles()}
+        silence_s = self.plan.supervisor.heartbeat_timeout_s
+        self._hosts = JoinedHosts(self._control.send, self._log_joined, self.progress.event, silence_s)
         with self._handle_signals():
             try:
                 self._supervise()
@@ -103,21 +114,26 @@ class Supervisor:
         }
         for role, of_role in kinds.items():
             for index, kind in enumerate(of_role):
-                yield RoleProcess(
-                    role,
-                    index,
-                    run=self.run_directory,
-                    context=self._context,
-                    seed=self.plan.seed,
-                    restarts=self.plan.supervisor.max_restarts,
-                    launch=self._launch,
-                    role_function=self._role_function,
-                    kind="" if kind in ORDINARY_KINDS else kind,
-                )
+                yield self._make_role(role, index, kind)
+
+    def _make_role(self, role: str, index: int, kind: str, joined_as: str = "") -> RoleProcess:
+        return RoleProcess(
+            role,
+            index,
+            run=self.run_directory,
+            context=self._context,
+            seed=self.plan.seed,
+            restarts=self.plan.supervisor.max_restarts,
+            launch=self._launch,
+            role_function=self._role_function,
+            kind="" if kind in ORDINARY_KINDS else kind,
+            joined_as=joined_as,
+        )
 
     # The loop.
 
     def _supervise(self) -> None:
+        self._start_up.reached("launched")
         for role in self._roles.values():
             role.start()
         now = time.monotonic()
@@ -125,19 +141,21 @@ class Supervisor:
             before = now
             self._wait()
             now = time.monotonic()
-            for role in self._roles.values() if now - before > PAUSE_S else ():
-                role.excuse(now - before)
+            if now - before > PAUSE_S:
+                for role in self._roles.values():
+                    role.excuse(now - before)
+                self._hosts.excuse(now - before)
             self._read_reports()
             for role in self._roles.values():
                 self._check(role, now)
             if self._signals and self._phase is not Phase.STOPPING:
-                step = int(self._position["step"])
-                self.progress.event("interrupted: saving and stopping (again to kill)", "yellow")
-                self._stop(
-                    INTERRUPTED,
-                    f"interrupted at step {step:,}; resume with: {self.run_directory.resume_command}",
-                )
+                self._interrupt()
             self.progress.tick()
+
+    def _interrupt(self) -> None:
+        step = int(self._position["step"])
+        self.progress.event("interrupted: saving and stopping (again to kill)", "yellow")
+        self._stop(INTERRUPTED, f"interrupted at step {step:,}; resume with: {self.run_directory.resume_command}")
 
     def _wait(self) -> None:
         poller = zmq.Poller()
@@ -155,8 +173,12 @@ class Supervisor:
                 role.kill("did not stop in time")
             elif role.silence_s(now) > settings.heartbeat_timeout_s:
                 role.kill(f"silent for {role.silence_s(now):.1f} s (--supervisor.heartbeat-timeout-s)")
+            elif role.silence_s(now) > STOPPED_S and role.stopped:
+                role.kill(f"stopped for {role.silence_s(now):.1f} s")
             elif role.turn_s > settings.hang_timeout_s:
-                role.kill(f"hung: no sign of work for {role.turn_s:.1f} s (--supervisor.hang-timeout-s)")
+                role.dump_stack()
+                doing = f" in {role.doing}" if role.doing else ""
+                role.kill(f"hung: no sign of work for {role.turn_s:.1f} s{doing} (--supervisor.hang-timeout-s)")
         code = role.collect()
         if code is not None:
             self._on_end(role, code, now)
@@ -170,12 +192,15 @@ class Supervisor:
         for report in self._control.poll(0):
             role = self._roles.get(report.role)
             if role is None:
+                self._hosts.take(report, now)
                 continue
             role.heard(now)
             if report.kind == "heartbeat":
                 turn_s = report.payload.get("turn_s", 0.0)
                 role.turn_s = turn_s if isinstance(turn_s, float) else 0.0
+                role.doing = str(report.payload.get("doing", ""))
             self._take(role, report)
+        self._hosts.check(now)
 
     def _take(self, role: RoleProcess, report: Report) -> None:
         payload = report.payload
@@ -195,6 +220,8 @@ class Supervisor:
                 figures = {name: value for name, value in self.final.items() if "/" in name}
                 self._log(role, figures, self.final)
                 self._monitor.summary(figures)
+            case "dropped":
+                self._on_drop(str(payload["sender"]), f"dropped by the learner: {payload['reason']}")
             case "error":
                 role.error = payload
 
@@ -203,10 +230,31 @@ class Supervisor:
         known = {key: position[key] for key in self._position if key in position}
         if role.name == "learner":
             self._position.update(known)
+            if self._position["step"]:
+                metrics = metrics | self._start_up.first_step(self._position["wall_s"])
         where = self._position | known
         step = int(where["step"])
         self._monitor.log(metrics, step, where["wall_s"], int(where["energy_evaluations"]))
+        self._keep_config()
         self.progress.update(metrics, step)
+
+    def _keep_config(self) -> None:
+        """Write the configuration anew where the run directory was removed: what is saved from now on can be used."""
+        if not self.run_directory.config.exists():
+            with contextlib.suppress(OSError):
+                self.run_directory.write_config(tomli_w.dumps(self.plan.resolved))
+
+    def _on_drop(self, sender: str, why: str) -> None:
+        """The learner reads nothing more from a sender: a role of this run starts afresh."""
+        if sender in self._roles:
+            self._roles[sender].kill(why)
+        else:
+            self.progress.event(f"{sender} {why}", "yellow")
+
+    def _log_joined(self, metrics: dict[str, float]) -> None:
+        where = self._position
+        self._monitor.log(metrics, int(where["step"]), where["wall_s"], int(where["energy_evaluations"]))
+        self.progress.update(metrics)
 
     # How roles end.
 
@@ -215,7 +263,7 @@ class Supervisor:
         cause = f"{role.title} ended: {role.cause(code)}"
         told_to_stop = self._phase is Phase.STOPPING or role.command == "stop"
         if code == FAILED_FOR_GOOD and not told_to_stop:
-            self._fail(role, cause, code)
+            self._fail(role, cause)
         elif told_to_stop:
             if code:
                 self.progress.event(cause, "yellow")
@@ -223,13 +271,13 @@ class Supervisor:
             self._on_learner_end(role, code, cause)
         elif role.command == "finish" and code == 0:
             if not self.final:
-                self._fail(role, f"{role.name} ended without a final evaluation", code)
+                self._fail(role, f"{role.name} ended without a final evaluation")
         else:
-            self._restart(role, cause, code, now)
+            self._restart(role, cause, now)
 
     def _on_learner_end(self, learner: RoleProcess, code: int, cause: str) -> None:
         if self._phase is Phase.TRAINING:
-            self._fail(learner, f"{cause}; resume with: {self.run_directory.resume_command}", code)
+            self._fail(learner, f"{cause}; resume with: {self.run_directory.resume_command}")
             return
         if code:
             self.progress.event(cause, "yellow")
@@ -239,20 +287,24 @@ class Supervisor:
         if not evaluator.alive:
             evaluator.restart_at = time.monotonic()
 
-    def _restart(self, role: RoleProcess, cause: str, code: int, now: float) -> None:
+    def _restart(self, role: RoleProcess, cause: str, now: float) -> None:
         settings = self.plan.supervisor
+        if role.command is None:
+            role.forgive(now, settings.restart_reset_s)
         if role.restarts_left == 0:
             peers = [peer for peer in self._roles.values() if peer.role == role.role and peer is not role]
             if role.command == "finish" or (role.role == "actor" and not any(peer.in_use for peer in peers)):
-                self._fail(role, f"{cause}; given up after {role.starts} starts", code)
+                self._fail(role, f"{cause}; given up after {role.attempts} starts")
             else:
-                self.progress.event(f"{cause}; given up after {role.starts} starts", "red")
+                self.progress.event(f"{cause}; given up after {role.attempts} starts", "red")
+                self._show_log(role, LAST_LINES)
             return
         role.restarts_left -= 1
-        delay = min(settings.restart_delay_s * 2 ** (role.starts - 1), LONGEST_DELAY_S)
+        delay = min(settings.restart_delay_s * 2 ** (role.attempts - 1), LONGEST_DELAY_S)
         role.restart_at = now + delay
-        count = f"{role.starts} of {role.starts + role.restarts_left}"
+        count = f"{role.attempts} of {role.attempts + role.restarts_left}"
         self.progress.event(f"{cause}; restarted in {delay:.1f} s ({count})", "yellow")
+        self._show_log(role, LAST_LINES)
 
     # How the run ends.
 
@@ -266,13 +318,16 @@ class Supervisor:
         for role in self._roles.values():
             if role.role in ("actor", "refiner"):
                 self._order(role, "stop", self.plan.supervisor.drain_s)
+        self._hosts.stop()
 
-    def _fail(self, role: RoleProcess, cause: str, code: int) -> None:
-        """End the run because of a role, with what it wrote last unless it was killed."""
-        if code != -signal.SIGKILL:
-            for line in tail(role.log, 8):
-                self.progress.event(f"{role.name} | {line}", "dim")
+    def _fail(self, role: RoleProcess, cause: str) -> None:
+        """End the run because of a role, with what it wrote last."""
+        self._show_log(role, LAST_LINES_OF_A_RUN)
         self._stop(FAILED, cause)
+
+    def _show_log(self, role: RoleProcess, lines: int) -> None:
+        for line in tail(role.log, lines):
+            self.progress.event(f"{role.name} | {line}", "dim")
 
     def _stop(self, exit_code: int, cause: str) -> None:
         """Tell every role to stop; the first cause is the one that counts."""
@@ -282,6 +337,7 @@ class Supervisor:
         self._stopping_since = time.monotonic()
         for role in self._roles.values():
             self._order(role, "stop", min(self.plan.supervisor.drain_s, STOPPING_S - 1.0))
+        self._hosts.stop()
 
     def _order(self, role: RoleProcess, command: str, within_s: float) -> None:
         role.command, role.deadline, role.restart_at = command, time.monotonic() + within_s, None
@@ -299,7 +355,7 @@ class Supervisor:
         left = self._stopping_since + STOPPING_S - time.monotonic()
         return 1.0 if self._signals > 1 else max(1.0, left)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _handle_signals(self) -> Iterator[None]:
         def handle(number: int, frame: FrameType | None) -> None:
             self._signals += 1

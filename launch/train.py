@@ -7,36 +7,38 @@ fork server, which has them, turns the command line into a configuration and han
 import contextlib
 import logging
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import FrameType
 
 import setproctitle
 
 from driftstream.envs.errors import PluginError, TargetError
-from driftstream.launch.flags import CommandError, TrainFlags, UsageError, answer, complain, parse, split_config_flags
+from driftstream.launch.child import compute_in_child
+from driftstream.launch.flags import CommandError, TrainFlags, UsageError, complain, parse, split_config_flags
+from driftstream.launch.invitation import write_invitation
 from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import fork_server
 from driftstream.launch.progress import Progress, results_table
 from driftstream.launch.run_directory import RunDirectory, default_root
+from driftstream.launch.start_up import StartUp
 
 INTERRUPTED = 130
-PRELOAD = ("driftstream.launch.configure", "driftstream.launch.roles")
+PRELOAD = ("driftstream.launch.preload",)
 
 
 def run(arguments: list[str], prog: str) -> int:
     """Train, or show what would be trained; returns the exit code."""
+    start_up = StartUp()
     flags, config_flags = read_flags(arguments, prog)
     if flags.sync or flags.dry_run or flags.help_all:
         return _run_here(flags, config_flags, prog)
     with fork_server(PRELOAD) as context:
-        toml, code = _configure_in_child(context, arguments, prog)
+        toml, code = compute_in_child(context, _configure, (arguments, prog), "configure")
         if toml is None:
             return code
+        start_up.reached("configured")
         plan = RunPlan.from_toml(toml)
         if plan.sync:
             return _run_here(flags, config_flags, prog)
@@ -44,7 +46,7 @@ def run(arguments: list[str], prog: str) -> int:
         from driftstream.launch.supervisor import Supervisor
 
         def supervise(run: RunDirectory, launch: int, progress: Progress) -> tuple[int, str, dict[str, float]]:
-            supervisor = Supervisor(plan, run, launch, context, progress)
+            supervisor = Supervisor(plan, run, launch, context, progress, start_up=start_up)
             return supervisor.run(), supervisor.cause, supervisor.final
 
         return _train(plan, toml, flags, supervise)
@@ -63,32 +65,11 @@ def read_flags(arguments: list[str], prog: str) -> tuple[TrainFlags, list[str]]:
     return flags, config_flags
 
 
-def _configure_in_child(context: ForkServerContext, arguments: list[str], prog: str) -> tuple[str | None, int]:
-    """The resolved configuration, or None and an exit code if there is none (the child has said why)."""
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_configure, args=(sender, arguments, prog), name="configure")
-    try:
-        child.start()
-        sender.close()
-        with contextlib.suppress(EOFError):
-            return receiver.recv_bytes().decode(), 0
-        child.join()
-        return None, child.exitcode or 1
-    finally:
-        if child.pid is not None:
-            child.kill()
-            child.join()
-
-
-def _configure(reply: Connection, arguments: list[str], prog: str) -> None:
+def _configure(arguments: list[str], prog: str) -> str:
     from driftstream.launch.config import to_toml
     from driftstream.launch.configure import configure
 
-    def send() -> int:
-        reply.send_bytes(to_toml(configure(*read_flags(arguments, prog), prog)).encode())
-        return 0
-
-    sys.exit(answer(prog, send))
+    return to_toml(configure(*read_flags(arguments, prog), prog))
 
 
 Train = Callable[[RunDirectory, int, Progress], tuple[int, str, dict[str, float]]]
@@ -101,12 +82,16 @@ def _train(plan: RunPlan, toml: str, flags: TrainFlags, train: Train) -> int:
         run = RunDirectory.open(flags.resume)
     else:
         run = RunDirectory.create(flags.out or default_root(plan.target, plan.method))
-    with run.hold(plan.tcp_host) as launch:
+    with run.hold(None if plan.sync else plan.stream) as launch:
         run.write_config(toml)
         setproctitle.setproctitle(f"driftstream {'sync' if plan.sync else 'supervisor'} {run.root}")
         progress = Progress(f"{plan.target} · {plan.method} · {run.shown}")
         with contextlib.closing(progress), _warnings_to(progress):
             progress.event(f"run directory: {run.shown}")
+            if plan.invites:
+                write_invitation(run, toml)
+                file = f"{run.shown}/{run.invitation.relative_to(run.root)}"
+                progress.event(f"other hosts may join: scp -p {file} there, and driftstream join join.toml")
             code, cause, final = train(run, launch, progress)
     if final:
         progress.console.print(results_table(f"{plan.target}, {plan.method}", final))

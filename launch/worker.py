@@ -18,6 +18,8 @@ from driftstream.launch.run_directory import RunDirectory
 ROLE_FUNCTION = "driftstream.launch.roles:run_role"
 FAILED, FAILED_FOR_GOOD = 1, 3
 """Exit codes of a role that may be started again, and of one that would only fail in the same way."""
+DUMP_STACK = signal.SIGUSR1
+"""Makes a role write to its log where each of its threads is."""
 EXIT_S = 2.0
 EVALUATOR_NICE = 10
 """The evaluator gives way to the roles that train."""
@@ -30,23 +32,27 @@ def role_name(role: str, index: int) -> str:
     return role if role in ("learner", "evaluator") else f"{role}-{index}"
 
 
-def worker_main(run_root: str, role: str, index: int, epoch: int, seed: int, role_function: str) -> None:
+def worker_main(
+    run_root: str, role: str, index: int, epoch: int, seed: int, role_function: str, joined_as: str = ""
+) -> None:
     """Run one role in this process, from a bare process to its exit code.
 
     Only strings and integers cross from the supervisor: the configuration comes from the run directory, the
     role's function from `role_function`, "module:name" or "file.py:name", called with (role, config, context).
+    A role on another host than the learner's is `joined_as` a name of its own.
     Exit code 0 is an ordinary end, 1 a failure, 3 a failure that a new process would meet again.
     """
-    name, run = role_name(role, index), RunDirectory(Path(run_root))
+    name, run = joined_as or role_name(role, index), RunDirectory(Path(run_root))
     # The supervisor tells roles when to stop; a Ctrl-C in the terminal, or its end, is the supervisor's affair.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.umask(0o077)
     _write_to(run.log(name))
     setproctitle.setproctitle(f"driftstream {name} {run.root}")
     if role == "evaluator":
         os.nice(EVALUATOR_NICE)
     log.info("%s: process %d, epoch %d, seed %d", name, os.getpid(), epoch, seed)
-    code = _run(run, role, index, epoch, seed, role_function)
+    code = _run(run, role, index, epoch, seed, role_function, joined_as)
     if code == 0:
         log.info("%s: done", name)
     # A thread or an exit handler of a library must not hold the process.
@@ -56,7 +62,7 @@ def worker_main(run_root: str, role: str, index: int, epoch: int, seed: int, rol
     sys.exit(code)
 
 
-def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_function: str) -> int:
+def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_function: str, joined_as: str) -> int:
     # Imported here: the supervisor needs this module, but not torch.
     from driftstream.buffers.control import ControlClient, Endpoints, RoleContext
     from driftstream.envs.errors import ConfigError, PluginError, TargetError
@@ -66,13 +72,13 @@ def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_f
 
     config = from_toml(run.config)
     endpoints = Endpoints(**run.addresses())
-    control = ControlClient(endpoints.control, role_name(role, index), config.supervisor.heartbeat_s)
+    control = ControlClient(endpoints.control, joined_as or role_name(role, index), config.supervisor.heartbeat_s)
     signal.signal(signal.SIGTERM, lambda *_: control.stop.set())
     watch = (control.stop, config.supervisor.drain_s)
     threading.Thread(target=_end_with_supervisor, args=watch, daemon=True).start()
     try:
         seed_everything(seed)
-        context = RoleContext(role, index, seed, epoch, run.root, endpoints, control)
+        context = RoleContext(role, index, seed, epoch, run.root, endpoints, control, joined_as)
         load_object(role_function, "role_function")(role, config, context)
         return 0
     except Exception as error:
@@ -80,7 +86,8 @@ def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_f
         if isinstance(error, (TargetError, PluginError)) and error.__cause__ is not None:
             # Last, as the supervisor shows the last lines: where in the user's code it happened.
             traceback.print_exception(error.__cause__)
-        fatal = isinstance(error, (ConfigError, TargetError))
+        ends_the_run = config.supervisor.target_error == "end"
+        fatal = isinstance(error, ConfigError) or (isinstance(error, TargetError) and ends_the_run)
         report = {"type": type(error).__name__, "message": str(error), "fatal": fatal}
         control.report("error", report)
         return FAILED_FOR_GOOD if fatal else FAILED
@@ -109,3 +116,4 @@ def _write_to(path: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
     faulthandler.enable()
+    faulthandler.register(DUMP_STACK)

@@ -1,0 +1,126 @@
+"""The learner's pace in a run, beside the pace of the same learner fed from memory."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensordict import TensorDict
+from torch import Tensor
+
+from driftstream.actors.actor import Actor
+from driftstream.actors.refiner import Refiner
+from driftstream.eval.bench_run import Pace, Rows, bench_run, learner_reports, pace
+from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer
+from driftstream.learner.learner import Learner
+from driftstream.learner.limits import Budget, LimitsConfig
+from driftstream.learner.loop import TrainingLoop
+from driftstream.learner.sources import DrawSeeds, FreshBatch, LocalSource
+
+BATCHES, CYCLES = 16, 2
+"""What is made in advance, and used in turn."""
+WARM_UP_S = 3.0
+START_S = 120.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: the learner's pace in the run and from memory, and cores that every role of the run kept busy.
+
+    `stream_cpu_s` and `memory_cpu_s` are the processor's seconds that an update takes the learner's process.
+    """
+
+    stream: Pace
+    memory: Pace
+    stream_cpu_s: float
+    memory_cpu_s: float
+    cores: dict[str, float]
+
+    @property
+    def rate(self) -> float:
+        """Updates a second in the run as a share of those from memory."""
+        return self.stream.updates_per_s / self.memory.updates_per_s
+
+
+class MemorySource(LocalSource):
+    """Batches and refined states that were made in advance by the roles of this process, given in turn at no cost."""
+
+    def __init__(self, actor: Actor, refiners: Sequence[Refiner], draw: DrawSeeds) -> None:
+        super().__init__([actor], list(refiners))
+        self._batches: list[TensorDict] = [actor.generate(0.0) for _ in range(BATCHES)]
+        self._kind = actor.kind
+        self._cycles: list[tuple[Tensor, Tensor]] = []
+        self._chains = refiners[0].chains if refiners else 0
+        for _ in range(CYCLES if refiners else 0):
+            cycle = refiners[0].run_cycle(self._batches[0]["states"][:, -1])
+            self._cycles.append((cycle.terminal, cycle.log_reward))
+        self._used = 0
+
+    def fresh(self, timeout_s: float, step: int, progress: float) -> FreshBatch | None:
+        """The next batch, at once."""
+        self._used += 1
+        return FreshBatch(self._batches[self._used % BATCHES], step, self._kind)
+
+    def offer_seeds(self, draw: DrawSeeds, step: int) -> bool:
+        """Draw seeds as for a refiner, and have what one has made already."""
+        if not self._cycles or draw(self._chains) is None:
+            return False
+        self._refined.append(self._cycles[step % CYCLES])
+        return True
+
+
+def bench_round(
+    command: Callable[[Path], Sequence[str]],
+    learner: Learner,
+    actor: Actor,
+    refiners: Sequence[Refiner],
+    refine_every: int,
+    seconds: float,
+) -> Round:
+    """Measure for so many seconds from memory, in this process, and then in the run that `command` starts."""
+    memory, memory_cpu_s = pace_from_memory(learner, actor, refiners, refine_every, seconds)
+    with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
+        root = Path(folder) / "run"
+        with bench_run(command(root), root) as run:
+            # As from memory, the start is not counted: replay fills, and W&B and the evaluator come up.
+            rows = run.wait(lambda rows: _elapsed_s(rows) > WARM_UP_S, START_S)
+            first, before, since = len(rows) - 1, run.cpu_s(), time.monotonic()
+            rows = run.wait(lambda rows: _elapsed_s(rows[first:]) > seconds, START_S + 4 * seconds)[first:]
+            after, elapsed_s = run.cpu_s(), time.monotonic() - since
+    stream = pace(rows)
+    reports = learner_reports(rows)
+    cores = {name: (after[name] - before[name]) / elapsed_s for name in before if name in after}
+    updates = reports[-1]["step"] - reports[0]["step"]
+    return Round(stream, memory, cores["learner"] * elapsed_s / updates, memory_cpu_s, cores)
+
+
+def pace_from_memory(
+    learner: Learner, actor: Actor, refiners: Sequence[Refiner], refine_every: int, seconds: float
+) -> tuple[Pace, float]:
+    """The learner's pace with data that is there already, and the processor's seconds of an update."""
+    rows: Rows = []
+    spent: list[float] = []
+    source = MemorySource(actor, refiners, learner.draw_seeds)
+
+    def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
+        rows.append({**metrics, "step": step, "wall_s": wall_s})
+        spent.append(time.process_time())
+
+    def enough() -> bool:
+        return _elapsed_s(rows) > seconds + WARM_UP_S
+
+    with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
+        # No limit comes near, so that progress, and with it the work of a step, stays where it begins.
+        budget = Budget(LimitsConfig(minutes=24 * 60.0))
+        checkpointer = Checkpointer(Path(folder), CheckpointConfig())
+        TrainingLoop(learner, source, budget, checkpointer, report, enough, refine_every).run()
+    warm = next(index for index, row in enumerate(rows) if row["wall_s"] - rows[0]["wall_s"] >= WARM_UP_S)
+    counted, spent = rows[warm:-1], spent[warm:-1]  # the last report comes at the end, whatever its window
+    return pace(counted), (spent[-1] - spent[0]) / (counted[-1]["step"] - counted[0]["step"])
+
+
+def _elapsed_s(rows: Rows) -> float:
+    """Training time between the first and the last report of the learner."""
+    reports = learner_reports(rows)
+    return reports[-1]["wall_s"] - reports[0]["wall_s"] if reports else 0.0
