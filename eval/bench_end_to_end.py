@@ -108,16 +108,21 @@ def pace_from_memory(
         spent.append(time.process_time())
 
     def enough() -> bool:
-        return _elapsed_s(rows) > seconds + WARM_UP_S
+        return _elapsed_s(rows[_warm(rows) :]) >= seconds
 
     with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
         # No limit comes near, so that progress, and with it the work of a step, stays where it begins.
         budget = Budget(LimitsConfig(minutes=24 * 60.0))
         checkpointer = Checkpointer(Path(folder), CheckpointConfig())
         TrainingLoop(learner, source, budget, checkpointer, report, enough, refine_every).run()
-    warm = next(index for index, row in enumerate(rows) if row["wall_s"] - rows[0]["wall_s"] >= WARM_UP_S)
-    counted, spent = rows[warm:-1], spent[warm:-1]  # the last report comes at the end, whatever its window
+    warm = _warm(rows)
+    counted, spent = rows[warm:-1], spent[warm:-1]  # the last report comes with the end, right after another
     return pace(counted), (spent[-1] - spent[0]) / (counted[-1]["step"] - counted[0]["step"])
+
+
+def _warm(rows: Rows) -> int:
+    """How many reports came before training had lasted for so long."""
+    return sum(row["wall_s"] < WARM_UP_S for row in rows)
 
 
 def _elapsed_s(rows: Rows) -> float:

@@ -53,6 +53,8 @@ def run(flags: BenchFlags) -> int:
         raise UsageError(f"--repeats {flags.repeats}: expected at least {least}")
     if flags.what in ("gradients", "objectives") and flags.langevin:
         raise UsageError(f"--langevin: `bench {flags.what}` has no Langevin policies")
+    if flags.what in ("gradients", "objectives") and (flags.seconds, flags.out) != (None, None):
+        raise UsageError(f"{'--out' if flags.seconds is None else '--seconds'}: of whole runs, such as `bench scale`")
     keep_heap()
     torch.set_num_threads(1)
     with Console(stderr=True).status(f"bench {flags.what}") as status:

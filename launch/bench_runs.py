@@ -183,7 +183,9 @@ def _actors_command(energy: str, seed: int) -> Callable[[Path, int], Sequence[st
 def _dimension_config(flags: BenchFlags, dim: int) -> RunConfig:
     config = replace(speed_config(replace(flags, target="manywell")), target_options={"dim": dim})
     # Little is kept, as what is measured is a step.
-    return replace(config, replay=replace(config.replay, capacity=4 * config.learner.batch_size))
+    return replace(
+        config, replay=replace(config.replay, capacity=max(config.replay.minimum, config.learner.batch_size))
+    )
 
 
 def _in_new_process(config: RunConfig, repeats: int) -> DimensionRow:
