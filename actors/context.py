@@ -58,9 +58,9 @@ def no_replay(n: int) -> None:
 class ActorContext:
     """Everything that an actor may use.
 
-    `policy` is the student with the newest weights, and `teacher` the teacher where the run has one; both are
-    updated in place between batches. `progress` is the fraction of training done. All randomness shall come from
-    `generator`, so that a run repeats from its seed.
+    `policy` is the student with the newest weights, and `teacher` the teacher where the run has one, which guides up to
+    the fraction `teacher_until` of training; both are updated in place between batches. `progress` is the fraction of
+    training done. All randomness shall come from `generator`, so that a run repeats from its seed.
     """
 
     policy: DiffusionPolicy
@@ -71,6 +71,7 @@ class ActorContext:
     batch_size: int
     generator: torch.Generator
     teacher: DiffusionPolicy | None = None
+    teacher_until: float = 1.0
     progress: float = 0.0
     ask_replayed: AskReplayed = no_replay
 

@@ -48,10 +48,12 @@ class ExplorationActor:
 class TeacherActor(ExplorationActor):
     """Rolls the teacher out, which is trained to end where the student's residuals are large; with the same noise.
 
+    Where the teacher guides only a part of training, the student is rolled out in the rest.
+
     Source: Kim et al. 2024 (adaptive teachers, arXiv 2410.01432).
     """
 
     def behaviour(self, context: ActorContext) -> DiffusionPolicy:
         if context.teacher is None:
             raise PluginError("actor teacher: the run has no teacher (--actors explore:2,teacher:1 makes one)")
-        return context.teacher
+        return context.teacher if context.progress < context.teacher_until else context.policy

@@ -11,7 +11,8 @@ from driftstream.envs.errors import ConfigError, require
 
 @dataclass(frozen=True)
 class GridConfig:
-    """Which time grid to simulate on; `sampling_steps` (T) None is derived from the target when a run starts.
+    """Which time grid to simulate on; `sampling_steps` (T) None is derived from the target when a run starts, and so is
+    the kind `auto`.
 
     `given` takes `times`: 0, ..., 1, rising; it has its own number of steps. With `coarse_steps` training begins on
     grids of so many steps, which cost less: up to `coarse_until` (a fraction of training); from there on their number
@@ -20,7 +21,7 @@ class GridConfig:
     Source: Berner et al. 2025 (arXiv 2501.06148), where samplers trained on coarse random grids work on fine ones.
     """
 
-    kind: Literal["uniform", "random", "given"] = "uniform"
+    kind: Literal["auto", "uniform", "random", "given"] = "uniform"
     sampling_steps: int | None = None
     times: tuple[float, ...] = ()
     coarse_steps: int | None = None
@@ -28,8 +29,8 @@ class GridConfig:
     fine_from: float = 0.8
 
     def __post_init__(self) -> None:
-        kinds = ("uniform", "random", "given")
-        require(self.kind in kinds, "grid.kind", self.kind, "'uniform', 'random' or 'given'")
+        kinds = ("auto", "uniform", "random", "given")
+        require(self.kind in kinds, "grid.kind", self.kind, "'auto', 'uniform', 'random' or 'given'")
         steps, times = self.sampling_steps, self.times
         require(steps is None or steps >= 1, "grid.sampling_steps", steps, "at least 1")
         if self.kind == "given":

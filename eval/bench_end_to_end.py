@@ -1,5 +1,6 @@
 """The learner's pace in a run, beside the pace of the same learner fed from memory."""
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from driftstream.actors.actor import Actor
 from driftstream.actors.refiner import Refiner
-from driftstream.eval.bench_run import Pace, Rows, bench_run, learner_reports, pace
+from driftstream.eval.bench_run import Pace, Rows, bench_run, delay_s, learner_reports, pace
 from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer
 from driftstream.learner.learner import Learner
 from driftstream.learner.limits import Budget, LimitsConfig
@@ -28,19 +29,31 @@ START_S = 120.0
 class Round:
     """One round: the learner's pace in the run and from memory, and cores that every role of the run kept busy.
 
-    `stream_cpu_s` and `memory_cpu_s` are the processor's seconds that an update takes the learner's process.
+    `stream_cpu_s` and `memory_cpu_s` are the processor's seconds that an update takes the learner's process, `…_delay`
+    the share of the time for which it had work and no processor.
     """
 
     stream: Pace
     memory: Pace
     stream_cpu_s: float
     memory_cpu_s: float
+    stream_delay: float
+    memory_delay: float
     cores: dict[str, float]
 
     @property
     def rate(self) -> float:
         """Updates a second in the run as a share of those from memory."""
         return self.stream.updates_per_s / self.memory.updates_per_s
+
+    @property
+    def undelayed_rate(self) -> float:
+        """The same without the time that either learner waited for a processor.
+
+        That is what other programs take; but also what the run's other roles take, so that only `rate`, on a machine
+        that does nothing else, says what a run reaches.
+        """
+        return self.rate * (1.0 - self.memory_delay) / (1.0 - self.stream_delay)
 
 
 class MemorySource(LocalSource):
@@ -79,33 +92,35 @@ def bench_round(
     seconds: float,
 ) -> Round:
     """Measure for so many seconds from memory, in this process, and then in the run that `command` starts."""
-    memory, memory_cpu_s = pace_from_memory(learner, actor, refiners, refine_every, seconds)
+    memory, memory_cpu_s, memory_delay = pace_from_memory(learner, actor, refiners, refine_every, seconds)
     with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
         root = Path(folder) / "run"
         with bench_run(command(root), root) as run:
             # As from memory, the start is not counted: replay fills, and W&B and the evaluator come up.
             rows = run.wait(lambda rows: _elapsed_s(rows) > WARM_UP_S, START_S)
-            first, before, since = len(rows) - 1, run.cpu_s(), time.monotonic()
+            pid = run.roles()["learner"]
+            first, before, delayed, since = len(rows) - 1, run.cpu_s(), delay_s(pid), time.monotonic()
             rows = run.wait(lambda rows: _elapsed_s(rows[first:]) > seconds, START_S + 4 * seconds)[first:]
-            after, elapsed_s = run.cpu_s(), time.monotonic() - since
+            after, delayed, elapsed_s = run.cpu_s(), delay_s(pid) - delayed, time.monotonic() - since
     stream = pace(rows)
     reports = learner_reports(rows)
     cores = {name: (after[name] - before[name]) / elapsed_s for name in before if name in after}
     updates = reports[-1]["step"] - reports[0]["step"]
-    return Round(stream, memory, cores["learner"] * elapsed_s / updates, memory_cpu_s, cores)
+    stream_cpu_s = cores["learner"] * elapsed_s / updates
+    return Round(stream, memory, stream_cpu_s, memory_cpu_s, delayed / elapsed_s, memory_delay, cores)
 
 
 def pace_from_memory(
     learner: Learner, actor: Actor, refiners: Sequence[Refiner], refine_every: int, seconds: float
-) -> tuple[Pace, float]:
-    """The learner's pace with data that is there already, and the processor's seconds of an update."""
+) -> tuple[Pace, float, float]:
+    """The learner's pace with data that is there; processor's seconds of an update; share of waiting for one."""
     rows: Rows = []
-    spent: list[float] = []
+    spent: list[tuple[float, float]] = []
     source = MemorySource(actor, refiners, learner.draw_seeds)
 
     def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
         rows.append({**metrics, "step": step, "wall_s": wall_s})
-        spent.append(time.process_time())
+        spent.append((time.process_time(), delay_s(os.getpid())))
 
     def enough() -> bool:
         return _elapsed_s(rows[_warm(rows) :]) >= seconds
@@ -117,7 +132,9 @@ def pace_from_memory(
         TrainingLoop(learner, source, budget, checkpointer, report, enough, refine_every).run()
     warm = _warm(rows)
     counted, spent = rows[warm:-1], spent[warm:-1]  # the last report comes with the end, right after another
-    return pace(counted), (spent[-1] - spent[0]) / (counted[-1]["step"] - counted[0]["step"])
+    cpu, delayed = (last - first for first, last in zip(spent[0], spent[-1], strict=True))
+    elapsed_s = counted[-1]["wall_s"] - counted[0]["wall_s"]
+    return pace(counted), cpu / (counted[-1]["step"] - counted[0]["step"]), delayed / elapsed_s
 
 
 def _warm(rows: Rows) -> int:

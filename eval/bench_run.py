@@ -137,6 +137,13 @@ def cpu_s(pid: int) -> float:
     return 0.0
 
 
+def delay_s(pid: int) -> float:
+    """Seconds for which a process's main thread had work and no processor; 0 where the system does not say."""
+    with contextlib.suppress(OSError, IndexError):
+        return 1e-9 * int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
+    return 0.0
+
+
 def pss_bytes(pid: int) -> int:
     """A process's memory, with its part of the pages that it shares; 0 for one that is gone."""
     with contextlib.suppress(OSError):

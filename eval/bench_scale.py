@@ -4,12 +4,16 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from driftstream.eval.bench_objectives import peak_growth
 from driftstream.eval.bench_rounds import Quartiles, quartiles, time_rounds
 from driftstream.eval.bench_run import Rows, bench_run, learner_reports, pace
 from driftstream.eval.bench_speed import Steps
 from driftstream.learner.learner import Learner
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 START_S = 180.0
 RATE = "trajectories_per_s"
@@ -102,6 +106,7 @@ def plot_actors(rows: Mapping[str, Sequence[ActorsRow]], path: Path) -> Path:
         updates.plot(counts, [1e3 * row.update_s for row in found], "o-", label=f"{name} energy")
         memory.plot(counts, [1e-6 * row.pss_bytes for row in found], "o-", label=f"{name} energy")
     rates.set(ylabel="trajectories/s", xscale="log", yscale="log")
+    _write_out(rates)
     updates.set(ylabel="an update, its batch there, ms", xscale="log", ylim=(0, None))
     memory.set(ylabel="memory of all processes, MB", ylim=(0, None))
     for axes in (rates, updates, memory):
@@ -132,7 +137,17 @@ def plot_dimension(rows: Sequence[DimensionRow], path: Path) -> Path:
         axes.set(xlabel="dimension", xscale="log", yscale="log", xticks=dims)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
+        _write_out(axes)
     return save_figure(figure, path)
+
+
+def _write_out(axes: "Axes") -> None:
+    """Numbers, not powers, on a logarithmic vertical axis."""
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _at_work(rows: Rows) -> int:

@@ -74,6 +74,7 @@ class RunConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
 
 
+COARSE_STEPS, FINE_STEPS = 10, 40
 LOW_DIMENSION = 10
 """Up to this dimension the rules of `resolve` take the coarse grid and the learned variance."""
 
@@ -83,7 +84,9 @@ def resolve(config: RunConfig) -> RunConfig:
 
     Rules: the diffusion variance is the target's own suggestion; exploration has the diffusion's rate; targets
     of at most ten dimensions take 20 steps with learned variance, others 40 with fixed variance (a learned one
-    spreads mass between the modes before the drift has found them).
+    spreads mass between the modes before the drift has found them). Where the kind of grid is left open too, a learned
+    variance, which fits the grid that it was trained on, keeps to a uniform one; without it a sampler trains on random
+    grids of 10 steps, and is evaluated on 40.
 
     Raises:
         ConfigError: an unknown target, or components that contradict each other.
@@ -93,12 +96,18 @@ def resolve(config: RunConfig) -> RunConfig:
     process, grid, policy, exploration = config.process, config.grid, config.policy, config.exploration
     variance = process.diffusion_variance or target.diffusion_variance
     process = replace(process, diffusion_variance=variance, prior_std=process.prior_std or variance**0.5)
+    if policy.learned_variance is None:
+        policy = replace(policy, learned_variance=low)
+    evaluation = config.eval
+    if grid.kind == "auto" and not policy.learned_variance:
+        grid = replace(grid, kind="random", sampling_steps=grid.sampling_steps or COARSE_STEPS)
+        evaluation = replace(evaluation, sampling_steps=evaluation.sampling_steps or FINE_STEPS)
+    elif grid.kind == "auto":
+        grid = replace(grid, kind="uniform")
     if grid.kind == "given":
         grid = replace(grid, sampling_steps=len(grid.times) - 1)
     elif grid.sampling_steps is None:
-        grid = replace(grid, sampling_steps=20 if low else 40)
-    if policy.learned_variance is None:
-        policy = replace(policy, learned_variance=low)
+        grid = replace(grid, sampling_steps=20 if low else FINE_STEPS)
     if policy.state_flow == "auto":
         policy = replace(policy, state_flow="plain" if config.objective.balances_flows else "none")
     _check_objective(config, grid, policy)
@@ -124,6 +133,7 @@ def resolve(config: RunConfig) -> RunConfig:
         require(set(config.actor.kinds) <= {"explore"}, "actor.kinds", dict(config.actor.kinds), allowed)
         require(set(config.refiner.kinds) <= {"mala"}, "refiner.kinds", dict(config.refiner.kinds), allowed)
     config = replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
+    config = replace(config, eval=evaluation)
     return _check_teacher(_settle_kinds(config))
 
 

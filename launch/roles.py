@@ -116,6 +116,7 @@ def _make_actor(
         config.learner.batch_size,
         torch.Generator(device).manual_seed(seed),
         teacher,
+        config.teacher.until,
         ask_replayed=ask_replayed,
     )
     options = make_options(actor_class.Options, values, f"actor.options.{name}")

@@ -229,7 +229,7 @@ class Learner:
             if share:
                 gradients = [self._gradient(self._loss(part)[0]) for part in parts]
                 extra["train/grad_variance"] = gradient_variance(gradients)
-        if self.teacher is not None and residual is not None and self.step % self.teacher.config.every == 0:
+        if self.teacher is not None and residual is not None and self.teacher.due(self.step, progress):
             extra |= self.teacher.learn(paths, residual, progress)
         return self._descend(loss, progress) | extra, residual
 

@@ -23,7 +23,8 @@ class TeacherConfig:
 
     Its log reward is log R_T + `alpha` log R, where R_T grows with the student's squared residual, `weight` times as
     much where the student samples too little. It learns at every `every`-th step of the learner, and `rate_factor`
-    multiplies the student's learning rate.
+    multiplies the student's learning rate. It guides up to the fraction `until` of training: from there on it learns no
+    more, and its actors roll the student out.
     """
 
     alpha: float = 0.5
@@ -32,9 +33,11 @@ class TeacherConfig:
     log_z_learning_rate: float = 1e-1
     clip_grad_norm: float = 100.0
     every: int = 1
+    until: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "teacher.every", self.every, "at least 1 learner step")
+        require(0 < self.until <= 1, "teacher.until", self.until, "a fraction of training in (0, 1]")
         for name in ("alpha", "clip_grad_norm"):
             require(getattr(self, name) >= 0, f"teacher.{name}", getattr(self, name), "a number >= 0")
         for name in ("weight", "rate_factor", "log_z_learning_rate"):
@@ -64,6 +67,10 @@ class Teacher:
         self.optimizer = Optimizer(policy, self.log_z, teacher_optim(config, optim))
         self.started = False
         self.skipped = 0
+
+    def due(self, step: int, progress: float) -> bool:
+        """Whether it learns at this step of the learner."""
+        return step % self.config.every == 0 and progress < self.config.until
 
     def learn(self, paths: Paths, residual: Tensor, progress: float) -> Metrics:
         """Update from whole trajectories [B] with the student's residual on each, [B], as a constant."""

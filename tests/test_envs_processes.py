@@ -118,7 +118,7 @@ def test_random_steps_are_at_most_tenfold_apart_and_newly_drawn() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GridConfig("cosine"), "grid.kind = 'cosine': expected 'uniform', 'random' or 'given'"),  # type: ignore[arg-type]
+        (lambda: GridConfig("cosine"), "grid.kind = 'cosine': expected 'auto', 'uniform', 'random' or 'given'"),  # type: ignore[arg-type]
         (lambda: GridConfig(sampling_steps=0), "grid.sampling_steps = 0: expected at least 1"),
         (lambda: make_grid(GridConfig()), "grid.sampling_steps = None"),
         (lambda: BrownianProcess(math.nan), "diffusion_variance = nan"),

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from driftstream.eval import bench_end_to_end, bench_energies, bench_start
-from driftstream.eval.bench_end_to_end import MemorySource, pace_from_memory
+from driftstream.eval.bench_end_to_end import MemorySource, Round, pace_from_memory
 from driftstream.eval.bench_energies import Computing, Sleeping
 from driftstream.eval.bench_run import (
+    Pace,
     RunBenchError,
     bench_run,
     cpu_s,
@@ -29,6 +30,7 @@ from driftstream.eval.bench_scale import ActorsRow, bench_dimension, bytes_per_a
 from driftstream.launch import bench_runs, start_up
 from driftstream.launch.cli import main
 from driftstream.launch.config import RunConfig, resolve
+from driftstream.launch.flags import BenchFlags
 from driftstream.launch.methods import load_method
 from driftstream.launch.roles import build_learner, build_local_actors, build_refiner
 from driftstream.launch.start_up import STAGES, StartUp
@@ -198,12 +200,20 @@ def test_a_learner_is_fed_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small()
     learner = build_learner(config, 1)
     actors = build_local_actors(config, learner, [2])
-    found, cpu = pace_from_memory(learner, actors[0], [build_refiner(config, 3)], config.refiner.every, 0.2)
+    found, cpu, delay = pace_from_memory(learner, actors[0], [build_refiner(config, 3)], config.refiner.every, 0.2)
     assert found.updates_per_s > 0.0
     assert 0.0 <= found.wait_fraction < 0.5
     assert cpu > 0.0
+    assert 0.0 <= delay < 1.1
     assert len(learner.refined) > 0
     assert learner.limiter.state_dict()["replayed"] > 0
+
+
+def test_what_a_busy_machine_takes_is_left_out() -> None:
+    # 6 a second in half of the time, and 10 in the whole of it.
+    found = Round(Pace(6.0, 0.1), Pace(10.0, 0.0), 0.1, 0.1, 0.5, 0.0, {})
+    assert found.rate == pytest.approx(0.6)
+    assert found.undelayed_rate == pytest.approx(1.2)
 
 
 def test_scaling_is_of_the_rate_and_memory_of_one_actor() -> None:
@@ -215,8 +225,9 @@ def test_scaling_is_of_the_rate_and_memory_of_one_actor() -> None:
 
 
 def test_a_dimension_is_measured() -> None:
-    found = bench_dimension(build_learner(small(), 1), 2, 1.0)
-    assert found.dim == 2
+    flags = BenchFlags(what="scale", batch_size=5, sampling_steps=3)
+    found = bench_dimension(build_learner(bench_runs._dimension_config(flags, 4), 1), 2, 1.0)
+    assert found.dim == 4
     assert found.rollout_s.median > 0
     assert found.step_s.median > 0
     assert found.peak_bytes is None or found.peak_bytes > 0

@@ -224,12 +224,12 @@ def test_a_run_without_a_teacher_has_none_to_go_on_with(tmp_path: Path) -> None:
         ("--actors ./mine.py:Mine --Mine.width -1", "expected options that it takes (ValueError: too narrow)"),
         ("--actors ./mine.py:Mine --Mine.width 1 2", "unexpected argument '2'"),
         ("--refiners ./mine.py:Deep", "missing: --Deep.depth"),
-        ("--hmc.chains 3", "unknown flag --hmc.chains: no hmc runs (kinds that run: explore, mala)"),
-        ("--Other.x 3", "unknown flag --Other.x: no Other runs (kinds that run: explore, mala)"),
+        ("--hmc.chains 3", "unknown flag --hmc.chains: no hmc runs (kinds that run: explore, annealed)"),
+        ("--Other.x 3", "unknown flag --Other.x: no Other runs (kinds that run: explore, annealed)"),
         ("--method pis --local_search.depth 1", "no local_search runs (kinds that run: none)"),
         ("--refiners 0 --hmc.chains 3", "no hmc runs (kinds that run: explore)"),
         ("--explore.std 3", "unknown flag --explore.std: explore has no options"),
-        ("--mala.chains 3", "unknown flag --mala.chains; did you mean --refiner.mala.chains?"),
+        ("--refiners mala --mala.chains 3", "unknown flag --mala.chains; did you mean --refiner.mala.chains?"),
         ("--actors ./mine.py:Wide", "actor.options.Wide.widths = 'tuple': expected int, float, bool, str"),
         ("--actors ./mine.py:grid", "actor.kinds = 'grid': expected another name, as the flags --grid.… are taken"),
         ("--actors ./mine.py:Nowhere", "expected an attribute of"),
@@ -275,7 +275,7 @@ def test_dry_run_shows_kinds_and_their_options(mine: Path, capsys: pytest.Captur
     assert "# actors: 3 process(es), 1 thread(s) each" in lines
     assert "#   explore:2" in lines
     assert f"#   Mine:1 (width 3.0, way up, greedy False), from {mine}" in lines
-    assert "#   mala:1" in lines
+    assert any(line.startswith("#   annealed:1 (chains 300") for line in lines)
 
 
 def test_methods_show_their_actors() -> None:

@@ -23,7 +23,7 @@ WAIT_S = 10.0
 @pytest.mark.parametrize("rows", [0, 4], ids=["empty", "used"])
 @pytest.mark.parametrize("pacing", ["lock_step", "ahead"])
 def test_one_batch_under_way_is_made_with_the_newest_weights(tmp_path: Path, pacing: Pacing, rows: int) -> None:
-    config = load_method("default").config
+    config = load_method("tb+expl").config
     learner = build_learner(resolve(replace(config, replay=replace(config.replay, capacity=100, minimum=10))), seed=0)
     stream, endpoint = StreamConfig(max_staleness=0), f"ipc://{tmp_path}/stream"
     publisher = Publisher(learner, Budget(config.limits), f"ipc://{tmp_path}/weights", f"ipc://{tmp_path}/ema")

@@ -113,6 +113,21 @@ def test_a_teacher_may_learn_at_every_nth_step_only() -> None:
     assert learned == [True, False, False, True, False, False, True]
 
 
+def test_a_teacher_may_guide_a_part_of_training_only() -> None:
+    learner = make(teacher=TeacherConfig(until=0.5))
+    batch = rollout(learner.policy, learner.process, learner.target, uniform_grid(6), 4, exploration_std=1.0)
+    learned = ["teacher/loss" in (learner.learn_fresh(batch, progress) or {}) for progress in (0.0, 0.49, 0.5, 1.0)]
+    assert learned == [True, True, False, False]
+    method = load_method("teacher").config
+    config = resolve(replace(method, target="gmm9", teacher=TeacherConfig(until=0.5)))
+    actor = build_local_actors(config, build_learner(config, 0), [5, 6, 7])[2]
+    behaviours = []
+    for progress in (0.49, 0.5):
+        actor.context.progress = progress
+        behaviours.append(actor.explorer.behaviour(actor.context))
+    assert behaviours == [actor.context.teacher, actor.context.policy]
+
+
 def test_published_weights_hold_both_samplers() -> None:
     learner = make()
     assert learner.teacher is not None
