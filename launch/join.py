@@ -28,7 +28,7 @@ from driftstream.launch.seeding import derive_seed
 from driftstream.launch.supervisor import DONE, FAILED, INTERRUPTED, Phase, Supervisor
 from driftstream.launch.worker import ROLE_FUNCTION
 
-PRELOAD = ("driftstream.launch.roles",)
+PRELOAD = ("driftstream.launch.preload",)
 FIRST_ANSWER_S = 15.0
 """A run that has not answered by then is not there."""
 SILENCE_S = 90.0

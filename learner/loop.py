@@ -76,6 +76,7 @@ class TrainingLoop:
         self.record_clock = record_clock
         self._refine_at = 0
         self._window = Window()
+        self._begun = False
 
     def run(self) -> str:
         """Train; the last act is a checkpoint. Returns the limit that was reached, or "stopped"."""
@@ -87,7 +88,7 @@ class TrainingLoop:
                 # Some figures are not of every step; the newest of each are reported.
                 self._window.newest |= metrics
                 self._window.steps += 1
-            if time.monotonic() - self._window.since >= self.learner.config.report_every_s:
+            if self._report_due():
                 self._send()
             if self.checkpointer.due():
                 self.checkpointer.save(self.state())
@@ -97,6 +98,12 @@ class TrainingLoop:
         self.checkpointer.save(self.state())
         self.checkpointer.wait()
         return reason
+
+    def _report_due(self) -> bool:
+        """Whether it is time for a report: at intervals, and at the first step, from which start-up is timed."""
+        first = not self._begun and self._window.steps > 0
+        self._begun |= first
+        return first or time.monotonic() - self._window.since >= self.learner.config.report_every_s
 
     def _ending(self) -> str | None:
         """Why training ends now, or None."""
