@@ -404,9 +404,11 @@ def test_a_peer_is_warned_of_once(keys: Path, opened: list[Any], caplog: pytest.
                 stranger.linger = 0
                 stranger.curve_serverkey = read_server_keys(keys).public.encode()
                 stranger.curve_publickey, stranger.curve_secretkey = pair
-                stranger.connect(address)
-                stranger.send(b"x")
-                time.sleep(0.1)
+                with stranger.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH) as refused:
+                    stranger.connect(address)
+                    stranger.send(b"x")
+                    assert refused.poll(1000 * SOON_S)
+                    stranger.disable_monitor()
     wait_for(lambda: server.counters()["refused_peers"] == 1)
     assert len([r for r in caplog.records if "its key is not one" in r.getMessage()]) == 1
 
