@@ -20,7 +20,10 @@ import zmq
 
 from driftstream.buffers import sockets
 from driftstream.buffers.checks import is_integer, is_name
+from driftstream.buffers.keys import GUEST, read_client_keys
 
+LINK = "join@"
+"""What the names of joined hosts start with, each of which has one connection for all its roles."""
 MAX_REPORT_BYTES = 2**20
 MAX_QUEUED_REPORTS = 10_000
 PAUSE_S = 1.0
@@ -60,6 +63,8 @@ class ControlServer:
         self._context: zmq.Context = zmq.Context()
         self.socket = sockets.make_socket(self._context, zmq.ROUTER, MAX_REPORT_BYTES)
         try:
+            keys = sockets.split_keys(endpoint)[1]
+            self._guest = None if keys is None else read_client_keys(keys, GUEST).public
             self.endpoint = sockets.bind(self.socket, endpoint).endpoint
         except Exception:
             sockets.close(self._context, self.socket)
@@ -69,13 +74,14 @@ class ControlServer:
         """Reports that have arrived, heartbeats among them, waiting up to `timeout_ms` for a first one."""
         self.socket.poll(timeout_ms)
         reports = []
-        for identity, *frames in sockets.drain(self.socket, copy=True):
-            content = _parse(frames) or {}
+        for identity, *frames in sockets.drain(self.socket):
+            content = _parse([frame.bytes for frame in frames]) or {}
             report = Report(content.get("role"), content.get("kind"), content.get("payload"))  # type: ignore[arg-type]
-            if not (is_name(report.role) and is_name(report.kind) and isinstance(report.payload, dict)):
+            fits = is_name(report.role) and is_name(report.kind) and isinstance(report.payload, dict)
+            if not fits or (self._is_guest(frames) and not report.role.startswith(LINK)):
                 self.rejected += 1
                 continue
-            self._identities[report.role] = identity
+            self._identities[report.role] = identity.bytes
             self._repeat_command(report.role, content.get("seen"))
             reports.append(report)
             if len(reports) >= _MAX_PER_POLL:
@@ -103,6 +109,10 @@ class ControlServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _is_guest(self, frames: list[zmq.Frame]) -> bool:
+        """Whether a message is that of an invited host, which may speak for itself and for none of the run's roles."""
+        return self._guest is not None and any(frame.get("User-Id") == self._guest for frame in frames)
 
     def _repeat_command(self, role: str, seen: Any) -> None:
         if role in self._commands and seen != self._commands[role][0]:

@@ -6,7 +6,6 @@ ZeroMQ's authentication protocol (ZAP, RFC 27), and a socket without that list m
 """
 
 import logging
-import os
 import socket as system
 import threading
 import time
@@ -64,11 +63,13 @@ class Gate:
 
     def _answer(self, zap: Any) -> None:
         version, request, _, address, _, mechanism, *credentials = zap.recv_multipart()
-        welcome = mechanism == b"CURVE" and z85.encode(credentials[0]).decode() in self._clients
+        key = z85.encode(credentials[0]) if mechanism == b"CURVE" else b""
+        welcome = key.decode() in self._clients
         if not welcome:
             self._refuse(address.decode(errors="replace"), "its key is not one of this run's")
         status = (b"200", b"OK") if welcome else (b"400", b"unknown key")
-        zap.send_multipart([version, request, *status, b"", b""])
+        # What comes over the connection carries the key, so that its reader can tell guests from the run's own.
+        zap.send_multipart([version, request, *status, key if welcome else b"", b""])
 
     def _note(self, event: Mapping[str, int]) -> None:
         """Follow connections from their acceptance, which has the address, to a handshake that failed before ZAP."""
@@ -153,8 +154,11 @@ def _allow_overhead(socket: Any) -> None:
 def _peer_address(descriptor: int) -> str:
     """The address at the other end of a connection that this process has; it may be gone by now."""
     try:
-        with system.socket(fileno=os.dup(descriptor)) as connection:
+        connection = system.socket(fileno=descriptor)
+        try:
             return str(connection.getpeername()[0])
+        finally:
+            connection.detach()  # it is ZeroMQ's
     except (OSError, IndexError):
         return _UNKNOWN
 

@@ -86,7 +86,7 @@ def resolve(config: RunConfig) -> RunConfig:
     of at most ten dimensions take 20 steps with learned variance, others 40 with fixed variance (a learned one
     spreads mass between the modes before the drift has found them). Where the kind of grid is left open too, a learned
     variance, which fits the grid that it was trained on, keeps to a uniform one; without it a sampler trains on random
-    grids of 10 steps, and is evaluated on 40.
+    grids of 10 steps, and is evaluated on 40 (on as many as it trains on where those are more).
 
     Raises:
         ConfigError: an unknown target, or components that contradict each other.
@@ -101,7 +101,9 @@ def resolve(config: RunConfig) -> RunConfig:
     evaluation = config.eval
     if grid.kind == "auto" and not policy.learned_variance:
         grid = replace(grid, kind="random", sampling_steps=grid.sampling_steps or COARSE_STEPS)
-        evaluation = replace(evaluation, sampling_steps=evaluation.sampling_steps or FINE_STEPS)
+        evaluation = replace(
+            evaluation, sampling_steps=evaluation.sampling_steps or max(FINE_STEPS, grid.sampling_steps or 0)
+        )
     elif grid.kind == "auto":
         grid = replace(grid, kind="uniform")
     if grid.kind == "given":
@@ -131,7 +133,8 @@ def resolve(config: RunConfig) -> RunConfig:
     else:
         allowed = "none, as data = 'on_policy' starts no actors and no refiners"
         require(set(config.actor.kinds) <= {"explore"}, "actor.kinds", dict(config.actor.kinds), allowed)
-        require(set(config.refiner.kinds) <= {"mala"}, "refiner.kinds", dict(config.refiner.kinds), allowed)
+        kinds = set(config.refiner.kinds) if config.refiner.count else set()
+        require(kinds <= {"mala"}, "refiner.kinds", dict(config.refiner.kinds), allowed)
     config = replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
     config = replace(config, eval=evaluation)
     return _check_teacher(_settle_kinds(config))

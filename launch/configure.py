@@ -62,6 +62,8 @@ def configure(flags: TrainFlags, config_flags: Sequence[str], prog: str) -> RunC
         "limits": limits,
     }
     config = from_dict(restore_kinds(config, base), _without_none(given))
+    if config.data == "on_policy" and flags.refiners is None and config.refiner.kinds == base.refiner.kinds:
+        config = replace(config, refiner=replace(config.refiner, kinds={}))  # the method's, which the flag does without
     config, unknown = read_kind_flags(drop_options(placed(config), placed(base)), unknown, prog)
     if flags.help_all:
         show_flags(config, prog)

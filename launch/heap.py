@@ -3,15 +3,17 @@
 import ctypes
 import os
 
-KEPT_BYTES = 1_000_000_000
-"""Freed memory is kept up to this size, and so is what one allocation may take from it."""
-_OPTIONS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}
-"""glibc's variables, for processes that are started anew, and the numbers of the same options for `mallopt`."""
+_KEPT = {"MALLOC_TRIM_THRESHOLD_": (-1, 1_000_000_000), "MALLOC_MMAP_THRESHOLD_": (-3, 32 * 2**20)}
+"""glibc's variables, for new processes, and the numbers of the same options for `mallopt`, with their values.
+
+Freed memory is kept up to the first, and one allocation may take as much as the second from it, which is as much as
+every glibc accepts.
+"""
 
 
 def heap_variables() -> dict[str, str]:
     """The environment in which a new process keeps its pages; what the user has set is left."""
-    return {name: os.environ.get(name, str(KEPT_BYTES)) for name in _OPTIONS}
+    return {name: os.environ.get(name, str(size)) for name, (_, size) in _KEPT.items()}
 
 
 def keep_heap() -> None:
@@ -20,9 +22,9 @@ def keep_heap() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    for name, option in _OPTIONS.items():
+    for name, (option, size) in _KEPT.items():
         if name not in os.environ:
-            mallopt(option, KEPT_BYTES)
+            mallopt(option, size)
 
 
 __all__ = ["heap_variables", "keep_heap"]

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from driftstream.buffers.checks import is_name
-from driftstream.buffers.control import Report
+from driftstream.buffers.checks import MAX_INTEGER, is_integer, is_name
+from driftstream.buffers.control import LINK, Report
 from driftstream.envs.errors import require
 
-LINK = "join@"
-"""What the names of joined hosts start with on the control channel."""
 MAX_HOSTS = 1_000
 MAX_FIGURES = 100
 MAX_TEXT = 1_000
@@ -112,7 +110,7 @@ class JoinedHosts:
 
     def _join(self, name: str, payload: Mapping[str, Any], now: float) -> None:
         roles = payload.get("roles")
-        valid = isinstance(roles, list) and all(isinstance(role, str) and _NAME.fullmatch(role) for role in roles)
+        valid = isinstance(roles, list) and all(is_name(role) and _NAME.fullmatch(role) for role in roles)
         if not valid or len(self._hosts) >= MAX_HOSTS or name in self._hosts:
             return
         assert isinstance(roles, list)
@@ -131,7 +129,7 @@ def _figures(metrics: object, host: str) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in list(metrics.items())[:MAX_FIGURES]
-        if own.fullmatch(name) and type(value) in (int, float)
+        if own.fullmatch(name) and (type(value) is float or is_integer(value, least=-MAX_INTEGER))
     }
 
 

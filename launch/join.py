@@ -3,6 +3,7 @@
 import contextlib
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,12 @@ from typing import Any
 import setproctitle
 
 from driftstream.actors.kinds import parse_kinds, settle_kinds
-from driftstream.buffers.control import ControlClient
+from driftstream.buffers.control import LINK, ControlClient
 from driftstream.buffers.keys import write_client_keys
 from driftstream.envs.errors import ConfigError, require
 from driftstream.launch.child import compute_in_child
 from driftstream.launch.flags import CommandError, JoinFlags, UsageError, complain, parse
-from driftstream.launch.hosts import LINK, joined_name
+from driftstream.launch.hosts import joined_name
 from driftstream.launch.invitation import Invitation, read_invitation
 from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import RoleProcess, fork_server
@@ -47,12 +48,15 @@ def run(arguments: list[str], prog: str) -> int:
         plan = RunPlan.from_toml(toml)
         here = RunDirectory.create(flags.out or default_root(plan.target, f"{plan.method}-joined"))
         write_client_keys(here.keys, invitation.keys)
-        endpoints = invitation.endpoints(here.keys)
-        control = endpoints.pop("control")
-        with here.hold(elsewhere=endpoints):
-            here.write_config(toml)
-            setproctitle.setproctitle(f"driftstream join {here.root}")
-            return join(plan, here, context, control)
+        try:
+            endpoints = invitation.endpoints(here.keys)
+            control = endpoints.pop("control")
+            with here.hold(elsewhere=endpoints):
+                here.write_config(toml)
+                setproctitle.setproctitle(f"driftstream join {here.root}")
+                return join(plan, here, context, control)
+        finally:
+            shutil.rmtree(here.keys, ignore_errors=True)  # every `join` brings them along
 
 
 def choose_kinds(flags: JoinFlags, invitation: Invitation) -> dict[str, dict[str, int]]:

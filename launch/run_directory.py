@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from driftstream.buffers.keys import make_keys
 from driftstream.buffers.sockets import MAX_IPC_PATH_BYTES, with_keys
@@ -36,6 +37,8 @@ class RunDirectory:
         self.keys = self.root / "keys"
         self.invitation = self.keys / "join.toml"
         self.lock_file = self.root / ".lock"
+        self._holder = ""
+        self._new_lock: TextIO | None = None
 
     @classmethod
     def create(cls, root: Path) -> "RunDirectory":
@@ -108,17 +111,30 @@ class RunDirectory:
             text = lock.read()
             held_before = json.loads(text)["held"] if text else 0
             lock.seek(0)
-            lock.write(json.dumps({"pid": os.getpid(), "held": held_before + 1}))
+            self._holder = json.dumps({"pid": os.getpid(), "held": held_before + 1})
+            lock.write(self._holder)
             lock.truncate()
             lock.flush()
             folder = self._make_sockets(stream or StreamConfig(), elsewhere or {})
             try:
                 yield held_before
             finally:
+                if self._new_lock is not None:
+                    self._new_lock.close()
+                    self._new_lock = None
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(self.sockets, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     self.invitation.unlink()
+
+    def lock_again(self) -> None:
+        """Lock the held directory anew where it was removed and made again; OSError where that cannot be."""
+        if self._holder and self._new_lock is None and not self.lock_file.exists():
+            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            self._new_lock = os.fdopen(descriptor, "r+")
+            fcntl.flock(self._new_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._new_lock.write(self._holder)
+            self._new_lock.flush()
 
     def _make_sockets(self, stream: StreamConfig, elsewhere: Mapping[str, str]) -> Path:
         # Left over when a supervisor was killed; nobody listens there, as the lock was free.

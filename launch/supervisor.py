@@ -242,6 +242,7 @@ class Supervisor:
         """Write the configuration anew where the run directory was removed: what is saved from now on can be used."""
         if not self.run_directory.config.exists():
             with contextlib.suppress(OSError):
+                self.run_directory.lock_again()
                 self.run_directory.write_config(tomli_w.dumps(self.plan.resolved))
 
     def _on_drop(self, sender: str, why: str) -> None:
@@ -300,7 +301,7 @@ class Supervisor:
                 self._show_log(role, LAST_LINES)
             return
         role.restarts_left -= 1
-        delay = min(settings.restart_delay_s * 2 ** (role.attempts - 1), LONGEST_DELAY_S)
+        delay = min(settings.restart_delay_s * 2.0 ** min(role.attempts - 1, 30), LONGEST_DELAY_S)
         role.restart_at = now + delay
         count = f"{role.attempts} of {role.attempts + role.restarts_left}"
         self.progress.event(f"{cause}; restarted in {delay:.1f} s ({count})", "yellow")

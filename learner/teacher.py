@@ -22,8 +22,9 @@ class TeacherConfig:
     """What the teacher is rewarded for, and how fast it learns.
 
     Its log reward is log R_T + `alpha` log R, where R_T grows with the student's squared residual, `weight` times as
-    much where the student samples too little. It learns at every `every`-th step of the learner, and `rate_factor`
-    multiplies the student's learning rate. It guides up to the fraction `until` of training: from there on it learns no
+    much where the student samples too little. It learns at every `every`-th step of the learner (which should share no
+    factor with the turns of fresh and replayed batches, or it sees one of them only), and `rate_factor` multiplies the
+    student's learning rate. It guides up to the fraction `until` of training: from there on it learns no
     more, and its actors roll the student out.
     """
 

@@ -446,3 +446,24 @@ def test_guards_end_with_their_sockets(keys: Path) -> None:
         client.close()
     assert time.monotonic() - start < 5
     wait_for(lambda: not {"gate", "link"} & {thread.name for thread in threading.enumerate()})
+
+
+def test_a_guest_cannot_speak_for_the_runs_own_roles(keys: Path, opened: list[Any]) -> None:
+    server = ControlServer(CONFIG.endpoint(keys.parent, "control"))
+    opened.append(server)
+    guest = keys.parent / "guest"
+    write_client_keys(guest, read_client_keys(keys, GUEST))
+    address, _ = split_keys(server.endpoint)
+    opened += [
+        ControlClient(server.endpoint, "learner"),
+        ControlClient(with_keys(address, guest), "refiner-0"),
+        ControlClient(with_keys(address, guest), "join@node7"),
+    ]
+    heard: set[str] = set()
+
+    def both() -> bool:
+        heard.update(report.role for report in server.poll(10))
+        return server.rejected > 0 and {"learner", "join@node7"} <= heard
+
+    wait_for(both)
+    assert "refiner-0" not in heard

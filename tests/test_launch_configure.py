@@ -146,3 +146,37 @@ def test_a_contradiction_within_a_component_is_one_plain_line(capsys: pytest.Cap
     (line,) = capsys.readouterr().err.splitlines()
     start = "driftstream train: objective.segment_length = 5: expected nothing"
     assert line == f"{start}, as objective.name = 'trajectory_balance' balances no flow"
+
+
+def configured(arguments: str) -> RunConfig:
+    flags, config_flags = read_flags(arguments.split(), "driftstream train")
+    return configure(flags, config_flags, "driftstream train")
+
+
+@pytest.mark.parametrize(
+    ("flags", "grid", "evaluated_on"),
+    [
+        ("gmm25", ("uniform", 20), None),
+        ("manywell", ("random", 10), 40),
+        ("manywell --sampling-steps 100", ("random", 100), 100),
+        ("manywell --policy.learned-variance True", ("uniform", 40), None),
+        ("manywell --grid.kind uniform", ("uniform", 40), None),
+        ("manywell --eval.sampling-steps 16", ("random", 10), 16),
+    ],
+)
+def test_the_default_grid_follows_from_the_variance(
+    flags: str, grid: tuple[str, int], evaluated_on: int | None, tmp_path: Path
+) -> None:
+    config = configured(flags)
+    assert (config.grid.kind, config.grid.sampling_steps) == grid
+    assert config.eval.sampling_steps == evaluated_on
+    run = RunDirectory.create(tmp_path / "run")
+    run.write_config(to_toml(config))
+    assert resumed(run) == config
+
+
+@pytest.mark.parametrize("refiners", ["", " --refiners 0"])
+def test_the_default_method_may_do_without_its_actors_and_refiners(refiners: str) -> None:
+    assert configured(f"manywell --data on_policy{refiners}").replay.source == "terminals"
+    with pytest.raises(ConfigError, match=r"refiner\.kinds = .*: expected none"):
+        configured("manywell --data on_policy --refiners hmc:1")

@@ -1,5 +1,6 @@
 """Run directories and seeds."""
 
+import shutil
 from datetime import datetime
 from pathlib import Path
 
@@ -113,3 +114,16 @@ def test_default_directories_name_target_method_and_time(tmp_path: Path, monkeyp
     first.mkdir(parents=True)
     assert default_root("gmm25", "tb+expl", now) == Path("runs/gmm25-tb+expl-20260102-030405-2")
     assert default_root("./my dir/mine.py:Ring", "./own.toml", now).name.startswith("Ring-own-")
+
+
+def test_a_removed_directory_is_held_again_with_its_count(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    with run.hold() as before:
+        shutil.rmtree(run.root)
+        run.root.mkdir()
+        run.lock_again()
+        run.lock_again()
+        with pytest.raises(ConfigError, match="held"), RunDirectory(run.root).hold():
+            pass
+    with RunDirectory(run.root).hold() as after:
+        assert (before, after) == (0, 1)
