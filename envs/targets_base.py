@@ -60,6 +60,11 @@ class Target(ABC):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             leaf = x if differentiable else x.detach().requires_grad_()
             log_reward = self.log_reward(leaf)
+            if isinstance(log_reward, Tensor) and not log_reward.requires_grad:
+                raise TypeError(
+                    "log_reward is not differentiable: write `score`, or train without the gradient "
+                    "(--policy.no-langevin --refiners 0)"
+                )
             (score,) = torch.autograd.grad(log_reward.sum(), leaf, create_graph=differentiable)
         return (log_reward if differentiable else log_reward.detach()), score
 

@@ -476,7 +476,7 @@ def test_real_actors_and_refiners_join_a_run(train: Callable[..., Any], tmp_path
         return all(any(re.fullmatch(each, name) for name in names) for each in expected)
 
     try:
-        training.wait_for(lambda: " joined: actor-langevin-0, refiner-mala-0" in training.text())
+        training.wait_for(lambda: " joined: actor-langevin-0, refiner-annealed-0" in training.text())
         training.wait_for(reported)
         training.process.send_signal(signal.SIGINT)
         assert training.end() == 130, training.text()

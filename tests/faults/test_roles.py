@@ -22,7 +22,19 @@ POLL_S = 0.01
 
 @pytest.fixture(scope="module")
 def run(train_once: Callable[..., Any]) -> Any:
-    arguments = ("gmm9", "--minutes", "10", "--actors", "2", "--out", "{root}", "--learner.report-every-s", "0.2")
+    arguments = (
+        "gmm9",
+        "--minutes",
+        "10",
+        "--actors",
+        "2",
+        "--refiners",
+        "mala",
+        "--out",
+        "{root}",
+        "--learner.report-every-s",
+        "0.2",
+    )
     run = train_once(*arguments, "--supervisor.heartbeat-timeout-s", str(HEARTBEAT_TIMEOUT_S))
     run.wait_for(lambda: {"actor-0", "actor-1", "refiner-0", "evaluator", "learner"} <= run.processes().keys())
     run.wait_for(lambda: run.step() > 0)
