@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import math
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,16 @@ def _soak(soaked: SoakedRun, flags: SoakFlags, kinds: Sequence[str], dim: int) -
     yield Finding("end", "results", 0.0 if soaked.directory.results.exists() else None, 0.0)
     wait(lambda: not alive(family), 5.0)
     yield Finding("end", "orphans", float(alive(family) + len(soaked.processes())), 0.0)
-    losses = [row["train/loss"] for row in soaked.rows() if row.get("train/loss") is not None]
-    # A log reward of 1e30, once inserted, is a loss of 1e60 or no number at all.
-    poisoned = sum(loss > POISON**0.5 for loss in losses) + sum(row.get("train/skipped") or 0 for row in soaked.rows())
+    # Every batch that is trained on counts in the mean log reward of its kind. Losses would not tell: a path that strays
+    # far has one without bound.
+    poisoned = sum(highest_reward(row) > POISON**0.5 for row in soaked.rows())
     yield Finding("end", "bad batches trained on", float(poisoned), 0.0)
+
+
+def highest_reward(row: Mapping[str, float]) -> float:
+    """The highest mean log reward that a row of metrics has of any kind of data."""
+    found = [value for name, value in row.items() if name.startswith("kind/") and name.endswith("/log_reward")]
+    return max((value for value in found if value is not None), default=-math.inf)
 
 
 def _fuzz(frames: int, seed: int) -> list[Finding]:
