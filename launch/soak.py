@@ -96,8 +96,8 @@ def _soak(soaked: SoakedRun, flags: SoakFlags, kinds: Sequence[str], dim: int) -
     yield Finding("end", "results", 0.0 if soaked.directory.results.exists() else None, 0.0)
     wait(lambda: not alive(family), 5.0)
     yield Finding("end", "orphans", float(alive(family) + len(soaked.processes())), 0.0)
-    # Every batch that is trained on counts in the mean log reward of its kind. Losses would not tell: a path that strays
-    # far has one without bound.
+    # Every batch that is trained on counts in the mean log reward of its kind. Losses would not tell: a path that
+    # strays far has one without bound.
     poisoned = sum(highest_reward(row) > POISON**0.5 for row in soaked.rows())
     yield Finding("end", "bad batches trained on", float(poisoned), 0.0)
 
