@@ -463,7 +463,7 @@ def test_real_actors_and_refiners_join_a_run(train: Callable[..., Any], tmp_path
     training.wait_for(invitation.exists)
     secrets = [tomllib.loads(path.read_text())["secret"] for path in invitation.parent.glob("*.key")]
     assert len(secrets) == 3
-    words = [DRIFTSTREAM, "join", str(invitation), "--actors", "langevin:1", "--refiners", "1"]
+    words = [DRIFTSTREAM, "join", str(invitation), "--actors", "langevin:1", "--refiners", "mala:1"]
     host = Process(tmp_path / "join.txt", *words, "--out", str(tmp_path / "joined"))
     expected = (
         r"actor/langevin-0@[^/]+/trajectories_per_s",
@@ -476,7 +476,7 @@ def test_real_actors_and_refiners_join_a_run(train: Callable[..., Any], tmp_path
         return all(any(re.fullmatch(each, name) for name in names) for each in expected)
 
     try:
-        training.wait_for(lambda: " joined: actor-langevin-0, refiner-annealed-0" in training.text())
+        training.wait_for(lambda: " joined: actor-langevin-0, refiner-mala-0" in training.text())
         training.wait_for(reported)
         training.process.send_signal(signal.SIGINT)
         assert training.end() == 130, training.text()
