@@ -203,8 +203,8 @@ class JoinedHost(Supervisor):
         self._link.report("join", {"roles": list(self._roles)})
         super()._supervise()
 
-    def _read_reports(self) -> None:
-        super()._read_reports()
+    def _read_reports(self, timeout_ms: int = 0) -> None:
+        super()._read_reports(timeout_ms)
         if self._phase is not Phase.TRAINING:
             return
         if self._link.stop.is_set():

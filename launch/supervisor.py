@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -39,6 +39,8 @@ FINAL_EVALUATION_S = 600.0
 STOPPING_S = 10.0
 """From a Ctrl-C or a failure to the end of every process."""
 MONITOR_CLOSE_S = 10.0
+LAST_WORDS_S = 2.0
+"""What the last report of a process that has ended may take to arrive on a busy machine."""
 
 
 class Phase(Enum):
@@ -187,9 +189,9 @@ class Supervisor:
 
     # What roles report.
 
-    def _read_reports(self) -> None:
+    def _read_reports(self, timeout_ms: int = 0) -> None:
         now = time.monotonic()
-        for report in self._control.poll(0):
+        for report in self._control.poll(timeout_ms):
             role = self._roles.get(report.role)
             if role is None:
                 self._hosts.take(report, now)
@@ -271,13 +273,21 @@ class Supervisor:
         elif role.name == "learner":
             self._on_learner_end(role, code, cause)
         elif role.command == "finish" and code == 0:
-            if not self.final:
+            if not self._is_reported(lambda: bool(self.final)):
                 self._fail(role, f"{role.name} ended without a final evaluation")
         else:
             self._restart(role, cause, now)
 
+    def _is_reported(self, known: Callable[[], bool]) -> bool:
+        """Whether a role that has ended well has said what makes it known; its last words may still be on their way."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while not known() and time.monotonic() < deadline:
+            self._read_reports(TICK_MS)
+        return known()
+
     def _on_learner_end(self, learner: RoleProcess, code: int, cause: str) -> None:
-        if self._phase is Phase.TRAINING:
+        finished = code == 0 and self._is_reported(lambda: self._phase is not Phase.TRAINING)
+        if self._phase is Phase.TRAINING and not finished:
             self._fail(learner, f"{cause}; resume with: {self.run_directory.resume_command}")
             return
         if code:
