@@ -100,10 +100,9 @@ def resolve(config: RunConfig) -> RunConfig:
         policy = replace(policy, learned_variance=low)
     evaluation = config.eval
     if grid.kind == "auto" and not policy.learned_variance:
-        grid = replace(grid, kind="random", sampling_steps=grid.sampling_steps or COARSE_STEPS)
-        evaluation = replace(
-            evaluation, sampling_steps=evaluation.sampling_steps or max(FINE_STEPS, grid.sampling_steps or 0)
-        )
+        steps = grid.sampling_steps or COARSE_STEPS
+        grid = replace(grid, kind="random", sampling_steps=steps)
+        evaluation = replace(evaluation, sampling_steps=evaluation.sampling_steps or max(FINE_STEPS, steps))
     elif grid.kind == "auto":
         grid = replace(grid, kind="uniform")
     if grid.kind == "given":
@@ -135,8 +134,9 @@ def resolve(config: RunConfig) -> RunConfig:
         require(set(config.actor.kinds) <= {"explore"}, "actor.kinds", dict(config.actor.kinds), allowed)
         kinds = set(config.refiner.kinds) if config.refiner.count else set()
         require(kinds <= {"mala"}, "refiner.kinds", dict(config.refiner.kinds), allowed)
-    config = replace(config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay)
-    config = replace(config, eval=evaluation)
+    config = replace(
+        config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay, eval=evaluation
+    )
     return _check_teacher(_settle_kinds(config))
 
 

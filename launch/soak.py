@@ -40,7 +40,7 @@ def run(arguments: list[str], prog: str) -> int:
     dim = make_target(flags.target).dim
     root = (flags.out or default_root(flags.target, "soak")).absolute()
     console, findings = Console(), []
-    soaked = SoakedRun(root, [*_train_flags(flags, kinds), *config_flags])
+    soaked = SoakedRun(root, [*_train_flags(flags), *config_flags])
     try:
         for finding in _soak(soaked, flags, kinds, dim):
             findings.append(finding)
@@ -69,7 +69,7 @@ def fault_kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
-def _train_flags(flags: SoakFlags, kinds: Sequence[str]) -> list[str]:
+def _train_flags(flags: SoakFlags) -> list[str]:
     """What a run is started with. Budgets are for crash loops: here every role dies again and again."""
     return [
         *(flags.target, "--method", flags.method, "--minutes", str(flags.minutes), "--seed", str(flags.seed)),
