@@ -67,6 +67,11 @@ class JoinedHosts:
         self._hosts: dict[str, _Host] = {}
         self._stopping = False
 
+    @property
+    def present(self) -> bool:
+        """Whether a host that is heard of has not left yet."""
+        return any(not host.silent for host in self._hosts.values())
+
     def take(self, report: Report, now: float) -> None:
         """Take in a report of a role that is not the run's own."""
         if not report.role.startswith(LINK):

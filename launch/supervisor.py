@@ -39,6 +39,8 @@ FINAL_EVALUATION_S = 600.0
 STOPPING_S = 10.0
 """From a Ctrl-C or a failure to the end of every process."""
 MONITOR_CLOSE_S = 10.0
+HOSTS_LEAVE_S = 5.0
+"""What joined hosts have to end after this run's own processes."""
 LAST_WORDS_S = 2.0
 """What the last report of a process that has ended may take to arrive on a busy machine."""
 
@@ -99,6 +101,7 @@ class Supervisor:
         with self._handle_signals():
             try:
                 self._supervise()
+                self._see_off_hosts()
             except KeyboardInterrupt:
                 self._exit_code, self.cause = INTERRUPTED, "killed"
             finally:
@@ -349,6 +352,14 @@ class Supervisor:
         for role in self._roles.values():
             self._order(role, "stop", min(self.plan.supervisor.drain_s, STOPPING_S - 1.0))
         self._hosts.stop()
+
+    def _see_off_hosts(self) -> None:
+        """Wait a while for joined hosts to leave, so that the run's record has how they ended."""
+        deadline = time.monotonic() + HOSTS_LEAVE_S
+        if self._stopping_since is not None:
+            deadline = min(deadline, self._stopping_since + STOPPING_S - 1.0)
+        while self._hosts.present and time.monotonic() < deadline:
+            self._read_reports(TICK_MS)
 
     def _order(self, role: RoleProcess, command: str, within_s: float) -> None:
         role.command, role.deadline, role.restart_at = command, time.monotonic() + within_s, None
