@@ -18,8 +18,8 @@ import tomli_w
 
 import driftstream.launch.join as joining
 from driftstream.buffers.channels import StreamConfig
-from driftstream.buffers.control import ControlClient, Report
-from driftstream.buffers.keys import make_keys, read_client_keys, write_private
+from driftstream.buffers.control import LINK, ControlClient, Report
+from driftstream.buffers.keys import make_keys, read_client_keys, write_client_keys, write_private
 from driftstream.envs.errors import ConfigError
 from driftstream.eval.monitor import MonitorConfig
 from driftstream.launch.config import RunConfig, as_dict, resolve
@@ -160,6 +160,20 @@ def test_joined_roles_work_until_the_run_ends(short_cluster: Cluster) -> None:
     assert len(seeds(*directories)) == len(set(seeds(*directories))) == 4 + 3
     logs = [log.stem for directory in directories for log in (directory / "logs").iterdir()]
     assert len(logs) == len(set(logs)) == 4 + 3
+
+
+def test_a_run_waits_a_while_for_the_last_words_of_a_host(short_cluster: Cluster, tmp_path: Path) -> None:
+    invitation = read_invitation(short_cluster.invitation)
+    write_client_keys(tmp_path / "keys", invitation.keys)
+    with ControlClient(invitation.endpoints(tmp_path / "keys")["control"], f"{LINK}slow") as link:
+        link.report("join", {"roles": [joined_name("actor", "explore", 0, "slow")]})
+        short_cluster.run.says("slow joined: actor-explore-0")
+        (short_cluster.root / "enough").touch()
+        assert link.stop.wait(PATIENCE_S)
+        time.sleep(2.0)  # this run's own processes have ended by then
+        link.report("leave", {"text": "at last"})
+        assert short_cluster.run.end() == 0
+    short_cluster.run.says("slow left: at last")
 
 
 def test_a_host_ends_when_its_run_is_gone(short_cluster: Cluster) -> None:
