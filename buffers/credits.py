@@ -91,6 +91,17 @@ class CreditLedger:
         sender.connected = False
         self._drop_tickets(sender)
 
+    def forget_one(self) -> str | None:
+        """Forget the first sender that is gone and of which nothing is unconsumed; its name, or None where all stay.
+
+        Should it come back, it goes on where it says it stands.
+        """
+        gone = (s.name for s in self.senders.values() if not s.connected and s.acknowledged == s.received)
+        name = next(gone, None)
+        if name is not None:
+            del self.senders[name]
+        return name
+
     def receive(self, sender: Sender, sequence: int) -> Arrival:
         """Take in a batch's number: only the next one in the sender's order, within its credits, is new."""
         if sequence <= sender.received:

@@ -246,7 +246,11 @@ class StreamServer:
         if paced not in (0, 1) or not 0 <= acknowledged <= sent <= granted <= _MAX_SEQUENCE:
             raise WireError("hello without a position in its stream")
         if len(self._ledger.senders) >= _MAX_SENDERS and hello.sender not in self._ledger.senders:
-            raise WireError(f"more than {_MAX_SENDERS} senders")
+            forgotten = self._ledger.forget_one()
+            if forgotten is None:
+                self._due.update(self._identities)  # an answer tells which of them are gone
+                raise WireError(f"more than {_MAX_SENDERS} senders")
+            self._hellos.pop(forgotten, None)
         sender = self._ledger.greet(hello.sender, hello.epoch, bool(paced), acknowledged, sent, granted)
         if sender is None:
             raise WireError(f"{hello.sender} contradicts its stream of epoch {hello.epoch}; a restart needs a new one")

@@ -16,6 +16,8 @@ from driftstream.envs.errors import require
 MAX_HOSTS = 1_000
 MAX_FIGURES = 100
 MAX_TEXT = 1_000
+RESTART = "restart "
+"""What the order to a host begins with that one of its roles, whose name follows, shall start afresh."""
 _NAME = re.compile(r"(?:actor|refiner)-(?P<kind>.+)-\d+@.+")
 
 
@@ -112,6 +114,12 @@ class JoinedHosts:
         self._stopping = True
         for name in self._hosts:
             self._send(LINK + name, "stop")
+
+    def restart(self, role: str) -> None:
+        """Have the host of a role that the learner has dropped start it afresh."""
+        host = role.partition("@")[2]
+        if host in self._hosts and not self._stopping:
+            self._send(LINK + host, f"{RESTART}{role}")
 
     def _join(self, name: str, payload: Mapping[str, Any], now: float) -> None:
         roles = payload.get("roles")

@@ -19,7 +19,7 @@ from driftstream.buffers.keys import write_client_keys
 from driftstream.envs.errors import ConfigError, require
 from driftstream.launch.child import compute_in_child
 from driftstream.launch.flags import CommandError, JoinFlags, UsageError, complain, parse
-from driftstream.launch.hosts import joined_name
+from driftstream.launch.hosts import RESTART, joined_name
 from driftstream.launch.invitation import Invitation, read_invitation
 from driftstream.launch.plan import RunPlan
 from driftstream.launch.processes import RoleProcess, fork_server
@@ -212,6 +212,10 @@ class JoinedHost(Supervisor):
             self._stop(DONE, "")
         elif self._link.link.gone_s > SILENCE_S:
             self._stop(FAILED, f"the run has been silent for {SILENCE_S:g} s")
+        else:
+            name = (self._link.new_command() or "").removeprefix(RESTART)
+            if name in self._roles:
+                self._on_drop(name, "dropped by the learner")
 
     def _log(self, role: RoleProcess, metrics: dict[str, float], position: Mapping[str, Any]) -> None:
         super()._log(role, metrics, position)

@@ -256,6 +256,7 @@ class Supervisor:
             self._roles[sender].kill(why)
         else:
             self.progress.event(f"{sender} {why}", "yellow")
+            self._hosts.restart(sender)
 
     def _log_joined(self, metrics: dict[str, float]) -> None:
         where = self._position

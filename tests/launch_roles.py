@@ -17,7 +17,10 @@ from driftstream.launch.supervisor import Supervisor
 
 
 def obey(role: str, config: object, context: RoleContext) -> None:
-    """A learner that trains until the file RUN/enough appears, and others that do what they are told."""
+    """A learner that trains until the file RUN/enough appears, and others that do what they are told.
+
+    It drops the sender that the file RUN/drop names.
+    """
     control = context.control
     control.report("event", {"text": f"{context.name} runs"})
     where = {"step": 7, "wall_s": 1.5, "energy_evaluations": 11}
@@ -25,6 +28,9 @@ def obey(role: str, config: object, context: RoleContext) -> None:
         if role == "learner":
             context.report_metrics({"train/loss": 0.5}, **where)
             control.report("status", {"phase": "training", "step": 7, "progress": 0.5})
+            if (to_drop := context.run_dir / "drop").exists():
+                control.report("dropped", {"sender": to_drop.read_text(), "reason": "10 messages in a row refused"})
+                to_drop.unlink()
             if (context.run_dir / "enough").exists():
                 status = {"phase": "finished", "step": 7, "progress": 1.0, "reason": "steps"}
                 control.report("status", status)

@@ -443,6 +443,33 @@ def test_at_most_two_windows_pass_between_ticket_and_use(window: int, credits: i
     assert used > 30
 
 
+def test_only_senders_that_are_gone_and_whose_batches_are_used_are_forgotten() -> None:
+    ledger = CreditLedger(credits=2, window=4)
+    for name in ("here", "in-use", "gone"):
+        assert ledger.greet(name, 0, True, 0, 0, 0)
+    ledger.grant()
+    assert ledger.receive(ledger.senders["in-use"], 1) is Arrival.NEW
+    for name in ("in-use", "gone"):
+        ledger.disconnect(name)
+    assert [ledger.forget_one(), ledger.forget_one()] == ["gone", None]
+    ledger.consume("in-use", 0, 1)
+    assert [ledger.forget_one(), ledger.forget_one()] == ["in-use", None]
+    assert list(ledger.senders) == ["here"]
+
+
+def test_a_full_table_of_senders_makes_room_for_a_new_one(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("driftstream.buffers.stream_server._MAX_SENDERS", 2)
+    server = stream.server(max_outstanding=8)
+    stays, goes = stream.client(server, "actor-0"), stream.client(server, "actor-1")
+    for client in (stays, goes):
+        assert client.wait_for_credit(SOON_S) is not None
+    assert stream.client(server, "actor-2").wait_for_credit(0.5) is None
+    goes.close()
+    assert stream.client(server, "actor-3").wait_for_credit(SOON_S) is not None
+    stays.send("trajectories", batch(3.0), 0)
+    assert value_of(server.take(SOON_S)) == 3.0
+
+
 def test_the_window_follows_from_the_staleness() -> None:
     for staleness in range(40):
         for steps in (1, 2, 3):

@@ -200,6 +200,21 @@ def test_a_joined_role_that_dies_is_started_again_there_and_the_run_hears_of_it(
     assert host.end() == 130
 
 
+def test_a_joined_role_that_the_learner_drops_is_started_again_there(cluster: Cluster) -> None:
+    host = cluster.join()
+    directory = cluster.folder / host.output.stem
+    name = f"actor-explore-0@{host_of(host)}"
+    draft = cluster.root / "drop.partial"
+    draft.write_text(name)
+    draft.rename(cluster.root / "drop")
+    cluster.run.says(f"{name} dropped by the learner: 10 messages in a row refused")
+    for side in (host, cluster.run):
+        side.says(f"{name} ended: dropped by the learner", "restarted")
+    wait_for(lambda: len(set(seeds(directory))) == 2)
+    host.process.send_signal(signal.SIGTERM)
+    assert host.end() == 130
+
+
 def test_a_host_beyond_its_restarts_fails_and_the_run_goes_on(cluster: Cluster) -> None:
     host = cluster.join(role="actor_fails")
     assert host.end() == 1
