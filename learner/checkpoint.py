@@ -174,13 +174,18 @@ def find_checkpoint(directory: Path, name: str) -> Path | None:
 def keep_only(directory: Path, state: CheckpointState, keep: int) -> Path:
     """Write a checkpoint, then remove all but it and the `keep - 1` before it; returns its path.
 
-    One of a later step is damaged, as the run went on from before it, and must not stand for a newer one.
+    One of a later step could not be read, as the run went on from before it: it is set aside under the name
+    `step-<n>.skipped`, the latest such one, as it must not stand for a newer one.
     """
     path = save_checkpoint(directory, state)
     paths = checkpoint_paths(directory)
     end = paths.index(path) + 1
-    for old in (*paths[: max(0, end - keep)], *paths[end:]):
+    for old in paths[: max(0, end - keep)]:
         shutil.rmtree(old, ignore_errors=True)
+    if later := paths[end:]:
+        for skipped in (*directory.glob("step-*.skipped"), *later[:-1]):
+            shutil.rmtree(skipped, ignore_errors=True)
+        later[-1].rename(directory / f"{later[-1].name}.skipped")
     return path
 
 

@@ -15,6 +15,7 @@ from driftstream.learner.checkpoint import (
     CheckpointState,
     checkpoint_paths,
     find_checkpoint,
+    keep_only,
     load_checkpoint,
     load_latest,
     save_checkpoint,
@@ -88,6 +89,17 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(tmp_path: Path
     found, (error,) = load_latest(tmp_path)
     assert found.step == 1
     assert "step-2/policy.safetensors: damaged" in str(error)
+
+
+def test_one_that_could_not_be_read_is_set_aside_by_the_next_write(tmp_path: Path) -> None:
+    for step in (1, 4, 5):
+        save_checkpoint(tmp_path, state(step=step))
+    keep_only(tmp_path, state(step=2), keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2", "step-5.skipped"]
+    (tmp_path / "step-5.skipped").rename(tmp_path / "step-5")
+    assert load_latest(tmp_path)[0].step == 5
+    keep_only(tmp_path, state(step=3), keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2", "step-3", "step-5.skipped"]
 
 
 def test_a_checkpoint_is_found_by_what_a_user_calls_it(tmp_path: Path) -> None:
