@@ -75,7 +75,7 @@ class ControlServer:
         self.socket.poll(timeout_ms)
         reports = []
         for identity, *frames in sockets.drain(self.socket):
-            content = _parse([frame.bytes for frame in frames]) or {}
+            content = parse_content([frame.bytes for frame in frames]) or {}
             report = Report(content.get("role"), content.get("kind"), content.get("payload"))  # type: ignore[arg-type]
             fits = is_name(report.role) and is_name(report.kind) and isinstance(report.payload, dict)
             if not fits or (self._is_guest(frames) and not report.role.startswith(LINK)):
@@ -230,7 +230,7 @@ class ControlClient:
             poller.poll(sockets.remaining_ms(heartbeat_due))
             self._waker.clear()
             for frames in sockets.drain(self._socket, copy=True):
-                self._take_command(_parse(frames))
+                self._take_command(parse_content(frames))
         self._send_reports()
 
     def _heartbeat(self) -> dict[str, float | str]:
@@ -297,7 +297,7 @@ class RoleContext:
         self.control.report("metrics", {"metrics": dict(metrics), **position})
 
 
-def _parse(frames: list[bytes]) -> dict[str, Any] | None:
+def parse_content(frames: list[bytes]) -> dict[str, Any] | None:
     """The JSON object of a one-frame message, or None if it is something else."""
     try:
         (frame,) = frames

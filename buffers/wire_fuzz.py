@@ -162,9 +162,9 @@ def _refusing(decoder: Callable[[Sequence[Buffer]], Any], frames: Sequence[Buffe
 
 
 def _parse_report(frames: Sequence[Buffer]) -> Any:
-    content = control._parse([bytes(byte_view(frame)) for frame in frames])
+    content = control.parse_content([bytes(byte_view(frame)) for frame in frames])
     if content is None:
-        raise _RefusedError((control.__file__, control._parse.__code__.co_firstlineno))
+        raise _RefusedError((control.__file__, control.parse_content.__code__.co_firstlineno))
     return content
 
 

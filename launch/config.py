@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 
@@ -74,9 +74,11 @@ class RunConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
 
 
+T = TypeVar("T")
+
 COARSE_STEPS, FINE_STEPS = 10, 40
-LOW_DIMENSION = 10
-"""Up to this dimension the rules of `resolve` take the coarse grid and the learned variance."""
+LOW_DIMENSION, LOW_DIMENSIONAL_STEPS = 10, 20
+"""Up to this dimension the rules of `resolve` take a learned variance and this many steps."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -92,14 +94,32 @@ def resolve(config: RunConfig) -> RunConfig:
         ConfigError: an unknown target, or components that contradict each other.
     """
     target = make_target(config.target, **config.target_options)
-    low = target.dim <= LOW_DIMENSION
-    process, grid, policy, exploration = config.process, config.grid, config.policy, config.exploration
-    variance = process.diffusion_variance or target.diffusion_variance
-    process = replace(process, diffusion_variance=variance, prior_std=process.prior_std or variance**0.5)
-    if policy.learned_variance is None:
-        policy = replace(policy, learned_variance=low)
-    evaluation = config.eval
-    if grid.kind == "auto" and not policy.learned_variance:
+    variance = config.process.diffusion_variance or target.diffusion_variance
+    prior_std = config.process.prior_std or variance**0.5
+    policy = config.policy
+    config = replace(
+        config,
+        process=replace(config.process, diffusion_variance=variance, prior_std=prior_std),
+        policy=replace(policy, learned_variance=_either(policy.learned_variance, target.dim <= LOW_DIMENSION)),
+    )
+    config = _resolve_grid(config, target.dim)
+    if config.policy.state_flow == "auto":
+        balances = config.objective.balances_flows
+        config = replace(config, policy=replace(config.policy, state_flow="plain" if balances else "none"))
+    _check_objective(config, config.grid, config.policy)
+    config = _resolve_replay(_resolve_exploration(config))
+    _check_roles(config)
+    return _check_teacher(_settle_kinds(config))
+
+
+def _either(given: T | None, derived: T) -> T:
+    return derived if given is None else given
+
+
+def _resolve_grid(config: RunConfig, dim: int) -> RunConfig:
+    """The kind of grid and the numbers of steps, for training and for evaluation."""
+    grid, evaluation = config.grid, config.eval
+    if grid.kind == "auto" and not config.policy.learned_variance:
         steps = grid.sampling_steps or COARSE_STEPS
         grid = replace(grid, kind="random", sampling_steps=steps)
         evaluation = replace(evaluation, sampling_steps=evaluation.sampling_steps or max(FINE_STEPS, steps))
@@ -108,36 +128,45 @@ def resolve(config: RunConfig) -> RunConfig:
     if grid.kind == "given":
         grid = replace(grid, sampling_steps=len(grid.times) - 1)
     elif grid.sampling_steps is None:
-        grid = replace(grid, sampling_steps=20 if low else FINE_STEPS)
-    if policy.state_flow == "auto":
-        policy = replace(policy, state_flow="plain" if config.objective.balances_flows else "none")
-    _check_objective(config, grid, policy)
+        grid = replace(grid, sampling_steps=LOW_DIMENSIONAL_STEPS if dim <= LOW_DIMENSION else FINE_STEPS)
+    return replace(config, grid=grid, eval=evaluation)
+
+
+def _resolve_exploration(config: RunConfig) -> RunConfig:
+    """The rate of the exploratory noise: the diffusion's, and none on-policy."""
+    given = config.exploration.std
     if config.data == "on_policy":
-        allowed = "0 or nothing, as data = 'on_policy' does not explore"
-        require(not exploration.std, "exploration.std", exploration.std, allowed)
-        exploration = replace(exploration, std=0.0)
-    elif exploration.std is None:
-        exploration = replace(exploration, std=variance**0.5)
-    replay, streamed = config.replay, config.data == "stream"
+        require(not given, "exploration.std", given, "0 or nothing, as data = 'on_policy' does not explore")
+        derived = 0.0
+    else:
+        assert config.process.diffusion_variance is not None
+        derived = config.process.diffusion_variance**0.5
+    return replace(config, exploration=replace(config.exploration, std=_either(given, derived)))
+
+
+def _resolve_replay(config: RunConfig) -> RunConfig:
+    """Where replayed states come from: of the refiners, where there are some."""
+    replay, refiners, streamed = config.replay, config.refiner.count, config.data == "stream"
     if replay.source == "auto":
-        replay = replace(replay, source="refined" if streamed and config.refiner.count else "terminals")
+        replay = replace(replay, source="refined" if streamed and refiners else "terminals")
     if replay.source == "refined":
         require(streamed, "replay.source", "refined", "'terminals' or 'auto', as data = 'on_policy' has no refiners")
-        enough = config.refiner.count > 0 or replay.ratio == 0
+        enough = refiners > 0 or replay.ratio == 0
         require(enough, "refiner.count", 0, "at least 1, as replay.source = 'refined'")
-    idle = streamed and config.refiner.count > 0 and replay.source == "terminals" and replay.ratio > 0
+    idle = streamed and refiners > 0 and replay.source == "terminals" and replay.ratio > 0
     require(not idle, "replay.source", "terminals", "'refined' or 'auto', as there are refiners (--refiners 0: none)")
-    if streamed:
+    return replace(config, replay=replay)
+
+
+def _check_roles(config: RunConfig) -> None:
+    """Refuse a stream without actors, and actors or refiners without a stream: ConfigError naming the field."""
+    if config.data == "stream":
         require(config.actor.count > 0, "actor.count", 0, "at least 1, as data = 'stream'")
-    else:
-        allowed = "none, as data = 'on_policy' starts no actors and no refiners"
-        require(set(config.actor.kinds) <= {"explore"}, "actor.kinds", dict(config.actor.kinds), allowed)
-        kinds = set(config.refiner.kinds) if config.refiner.count else set()
-        require(kinds <= {"mala"}, "refiner.kinds", dict(config.refiner.kinds), allowed)
-    config = replace(
-        config, process=process, grid=grid, policy=policy, exploration=exploration, replay=replay, eval=evaluation
-    )
-    return _check_teacher(_settle_kinds(config))
+        return
+    allowed = "none, as data = 'on_policy' starts no actors and no refiners"
+    require(set(config.actor.kinds) <= {"explore"}, "actor.kinds", dict(config.actor.kinds), allowed)
+    kinds = set(config.refiner.kinds) if config.refiner.count else set()
+    require(kinds <= {"mala"}, "refiner.kinds", dict(config.refiner.kinds), allowed)
 
 
 def settled_kinds(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
