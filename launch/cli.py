@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from driftstream.launch.flags import (
     BenchFlags,
@@ -15,6 +16,7 @@ from driftstream.launch.flags import (
     parse,
     suggestion,
 )
+from driftstream.launch.leave import leave
 
 USAGE = """\
 usage: driftstream COMMAND …
@@ -37,7 +39,13 @@ Train diffusion samplers for densities known up to their normaliser.
 
 `driftstream COMMAND --help` lists a command's flags.
 """
+EXIT_S = 0.5
 COMMANDS = ("train", "join", "sample", "eval", "list", "new", "check", "bench", "soak")
+
+
+def command() -> NoReturn:
+    """Run the command that this process was started with, and end it."""
+    leave(main(), EXIT_S)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,8 +37,9 @@ ORDINARY_KINDS = ("explore", "mala")
 FINAL_EVALUATION_S = 600.0
 """A final evaluation that takes longer is given up."""
 STOPPING_S = 10.0
-"""From a Ctrl-C or a failure to the end of every process."""
-MONITOR_CLOSE_S = 10.0
+"""From a Ctrl-C or a failure to the end of every process; roles and the monitor have to be done before."""
+ROLES_STOP_S, MONITOR_STOPS_S = 8.0, 9.0
+MONITOR_CLOSE_S, LEAST_PATIENCE_S = 10.0, 0.5
 HOSTS_LEAVE_S = 5.0
 """What joined hosts have to end after this run's own processes."""
 LAST_WORDS_S = 2.0
@@ -151,10 +152,11 @@ class Supervisor:
                     role.excuse(now - before)
                 self._hosts.excuse(now - before)
             self._read_reports()
-            for role in self._roles.values():
-                self._check(role, now)
+            # Before roles are looked at: one may have been told by the same signal.
             if self._signals and self._phase is not Phase.STOPPING:
                 self._interrupt()
+            for role in self._roles.values():
+                self._check(role, now)
             self.progress.tick()
 
     def _interrupt(self) -> None:
@@ -351,14 +353,14 @@ class Supervisor:
         self._phase, self._exit_code, self.cause = Phase.STOPPING, exit_code, cause
         self._stopping_since = time.monotonic()
         for role in self._roles.values():
-            self._order(role, "stop", min(self.plan.supervisor.drain_s, STOPPING_S - 1.0))
+            self._order(role, "stop", min(self.plan.supervisor.drain_s, ROLES_STOP_S))
         self._hosts.stop()
 
     def _see_off_hosts(self) -> None:
         """Wait a while for joined hosts to leave, so that the run's record has how they ended."""
         deadline = time.monotonic() + HOSTS_LEAVE_S
         if self._stopping_since is not None:
-            deadline = min(deadline, self._stopping_since + STOPPING_S - 1.0)
+            deadline = min(deadline, self._stopping_since + ROLES_STOP_S)
         while self._hosts.present and time.monotonic() < deadline:
             self._read_reports(TICK_MS)
 
@@ -375,8 +377,8 @@ class Supervisor:
     def _monitor_patience_s(self) -> float:
         if self._stopping_since is None:
             return MONITOR_CLOSE_S
-        left = self._stopping_since + STOPPING_S - time.monotonic()
-        return 1.0 if self._signals > 1 else max(1.0, left)
+        left = self._stopping_since + MONITOR_STOPS_S - time.monotonic()
+        return LEAST_PATIENCE_S if self._signals > 1 else max(LEAST_PATIENCE_S, left)
 
     @contextlib.contextmanager
     def _handle_signals(self) -> Iterator[None]:

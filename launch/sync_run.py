@@ -58,6 +58,9 @@ def train_sync(
 
     def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
         nonlocal evaluated_at
+        metrics["checkpoint/failures"] = checkpointer.failures
+        if error := checkpointer.news():
+            event(f"checkpoint not written, {error}")
         monitor.log(metrics, step, wall_s, energy_evaluations)
         show({**metrics, "step": step, "progress": progress})
         now = time.monotonic()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import setproctitle
 
+from driftstream.launch.leave import leave
 from driftstream.launch.run_directory import RunDirectory
 
 ROLE_FUNCTION = "driftstream.launch.roles:run_role"
@@ -21,6 +22,8 @@ FAILED, FAILED_FOR_GOOD = 1, 3
 DUMP_STACK = signal.SIGUSR1
 """Makes a role write to its log where each of its threads is."""
 EXIT_S = 2.0
+NOTHING_TO_SAVE_S = 4.0
+"""What a role other than the learner gets once the supervisor is gone; a library may hold the interpreter beyond it."""
 EVALUATOR_NICE = 10
 """The evaluator gives way to the roles that train."""
 
@@ -55,11 +58,7 @@ def worker_main(
     code = _run(run, role, index, epoch, seed, role_function, joined_as)
     if code == 0:
         log.info("%s: done", name)
-    # A thread or an exit handler of a library must not hold the process.
-    deadline = threading.Timer(EXIT_S, os._exit, (code,))
-    deadline.daemon = True
-    deadline.start()
-    sys.exit(code)
+    leave(code, EXIT_S)
 
 
 def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_function: str, joined_as: str) -> int:
@@ -74,7 +73,8 @@ def _run(run: RunDirectory, role: str, index: int, epoch: int, seed: int, role_f
     endpoints = Endpoints(**run.addresses())
     control = ControlClient(endpoints.control, joined_as or role_name(role, index), config.supervisor.heartbeat_s)
     signal.signal(signal.SIGTERM, lambda *_: control.stop.set())
-    watch = (control.stop, config.supervisor.drain_s)
+    drain_s = config.supervisor.drain_s
+    watch = (control.stop, drain_s if role == "learner" else min(drain_s, NOTHING_TO_SAVE_S))
     threading.Thread(target=_end_with_supervisor, args=watch, daemon=True).start()
     try:
         seed_everything(seed)
@@ -99,6 +99,8 @@ def _end_with_supervisor(stop: threading.Event, grace_s: float) -> None:
     supervisor = multiprocessing.parent_process()
     if supervisor is None:
         return
+    if not supervisor.is_alive():
+        os._exit(FAILED)  # nothing has been begun
     supervisor.join()
     log.warning("the supervisor is gone: stopping within %g s", grace_s)
     stop.set()

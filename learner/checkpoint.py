@@ -211,9 +211,15 @@ class Checkpointer:
         self.config = config
         self.error: str | None = None
         self.failures = 0
+        self._told: str | None = None
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
         clean_up(directory)
+
+    def news(self) -> str | None:
+        """The error of the last write, where it has not been given before."""
+        before, self._told = self._told, self.error
+        return None if self._told == before else self._told
 
     def due(self) -> bool:
         """Whether the interval is over and the last write has ended."""

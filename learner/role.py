@@ -44,18 +44,14 @@ def run_learner(
         for error in damaged:
             control.report("event", {"text": f"learner: checkpoint skipped, {error}"})
 
-    reported_error: str | None = None
     dropped: Callable[[], dict[str, str]] = dict
 
     def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
-        nonlocal reported_error
         metrics["checkpoint/failures"] = checkpointer.failures
         context.report_metrics(metrics, step=step, wall_s=wall_s, energy_evaluations=energy_evaluations)
         control.report("status", {"phase": "training", "step": step, "progress": progress})
-        error = checkpointer.error
-        if error is not None and error != reported_error:
+        if error := checkpointer.news():
             control.report("event", {"text": f"learner: checkpoint not written, {error}"})
-        reported_error = error
         for sender, reason in dropped().items():
             control.report("dropped", {"sender": sender, "reason": reason})
 

@@ -48,6 +48,12 @@ def actor_fails(role: str, config: object, context: RoleContext) -> None:
     obey(role, config, context)
 
 
+def refiner_fails(role: str, config: object, context: RoleContext) -> None:
+    if role == "refiner":
+        raise ValueError("no luck")
+    obey(role, config, context)
+
+
 def target_fails(role: str, config: object, context: RoleContext) -> None:
     if role == "actor":
         error = ZeroDivisionError("division by zero")
@@ -91,6 +97,12 @@ def learner_drops_senders(role: str, config: object, context: RoleContext) -> No
             payload = {"sender": sender, "reason": "10 messages in a row refused"}
             context.control.report("dropped", payload)
     obey(role, config, context)
+
+
+def takes_a_while_to_stop(role: str, config: object, context: RoleContext) -> None:
+    obey(role, config, context)
+    time.sleep(0.5)
+    (context.run_dir / f"drained-{context.name}").touch()
 
 
 def main(root: str, role_function: str) -> int:

@@ -238,6 +238,27 @@ def test_killed_run_resumes_at_its_last_checkpoint_to_the_same_bytes(tmp_path: P
     assert digests(whole) == digests(broken)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_loses_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """A real process and a real signal, long before the first checkpoint is due."""
+    flags = [
+        *("--sync", "--minutes", "10", "--sampling-steps", "5", "--wandb", "disabled", "--policy.hidden", "16"),
+        *("--learner.batch-size", "20", "--refiners", "0", "--replay.minimum", "20", "--checkpoint.every-s", "1000"),
+    ]
+    command = [str(Path(sys.executable).with_name("driftstream")), "train", "gmm25", *flags]
+    root, environment = tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--out", str(root)], env=environment, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = root / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not checkpoint_paths(root / "checkpoints")
+    process.send_signal(number)
+    assert process.communicate(timeout=10)[1].splitlines()[-1].endswith(f"driftstream train --resume {root}")
+    assert process.returncode == 130
+    (path,) = checkpoint_paths(root / "checkpoints")
+    assert load_checkpoint(path).step == json.loads(metrics.read_text().splitlines()[-1])["step"]
+
+
 def test_threads_of_torch_are_as_configured(tmp_path: Path) -> None:
     train(small("tb", steps=2), tmp_path / "run")
     assert torch.get_num_threads() == 1

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,27 @@ def test_wandb_that_hangs_blocks_nothing_and_drops_are_counted(
     assert json_rows(run_dir)[-1]["monitor/dropped"] == 1_999
     assert "did not finish" in caplog.text
     release.set()
+
+
+def test_a_row_that_wandb_takes_slowly_holds_nobody(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B starts as it should, and then is slow."""
+    taken, release = threading.Event(), threading.Event()
+
+    def log(run: wandb.Run, row: dict[str, Any]) -> None:
+        taken.set()
+        release.wait(3.0)
+
+    monkeypatch.setattr(wandb.Run, "log", log)
+    monitor = Monitor(run_dir, OFFLINE, {})
+    monitor.log({"train/loss": 1.0}, 0, 0.0, 0)
+    assert taken.wait(60)
+    start = time.monotonic()
+    for step in range(1, 6):
+        monitor.log({"train/loss": 1.0}, step, 0.0, 0)
+    assert time.monotonic() - start < 1.0
+    assert [row["step"] for row in json_rows(run_dir)] == list(range(6))
+    release.set()
+    monitor.close(timeout_s=60)
 
 
 def test_auto_looks_for_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pytest
+import wandb
 from rich.console import Console
 
-from driftstream.eval.monitor import MonitorConfig
+from driftstream.eval.monitor import MonitorConfig, WandbMode
 from driftstream.launch.config import RunConfig, resolve, to_toml
 from driftstream.launch.plan import RunPlan, SupervisorConfig
 from driftstream.launch.processes import fork_server
@@ -60,10 +61,14 @@ class Run:
         self._context = context
 
     def supervise(
-        self, role: str = "obey", script: Callable[[], None] | None = None, settings: SupervisorConfig | None = None
+        self,
+        role: str = "obey",
+        script: Callable[[], None] | None = None,
+        settings: SupervisorConfig | None = None,
+        wandb_mode: WandbMode = "disabled",
     ) -> tuple[int, str]:
         """(exit code, cause) of the run."""
-        plan = write_plan(self.directory, settings or SupervisorConfig())
+        plan = write_plan(self.directory, settings or SupervisorConfig(), wandb_mode)
         progress = Progress("test", Console(file=io.StringIO()))
         failures: list[BaseException] = []
 
@@ -113,8 +118,8 @@ class Run:
         return found[0]
 
 
-def write_plan(directory: RunDirectory, settings: SupervisorConfig) -> RunPlan:
-    config = resolve(RunConfig(monitor=MonitorConfig(wandb="disabled")))
+def write_plan(directory: RunDirectory, settings: SupervisorConfig, wandb_mode: WandbMode = "disabled") -> RunPlan:
+    config = resolve(RunConfig(monitor=MonitorConfig(wandb=wandb_mode)))
     directory.write_config(to_toml(replace(config, supervisor=settings)))
     return RunPlan.from_toml(directory.config.read_text())
 
@@ -193,6 +198,17 @@ def test_the_last_actor_beyond_its_restarts_ends_the_run(run: Run) -> None:
     assert any("actor-0 |" in text and "ValueError: no luck" in text for text in run.events)
 
 
+def test_a_refiner_beyond_its_restarts_is_given_up_with_its_last_lines_and_the_run_goes_on(run: Run) -> None:
+    def script() -> None:
+        assert run.event("refiner-0 ended: ValueError: no luck; given up after 2 starts")
+        (run.root / "enough").touch()
+
+    settings = SupervisorConfig(max_restarts=1, restart_delay_s=0.05)
+    assert run.supervise("refiner_fails", script, settings) == (0, "")
+    told = [text for text in run.events if "refiner-0 ended" in text or text == "refiner-0 | ValueError: no luck"]
+    assert ["given up" in text for text in told] == [False, False, True, False]
+
+
 def test_a_role_that_worked_for_a_while_has_its_budget_again(run: Run) -> None:
     settings = SupervisorConfig(max_restarts=1, restart_delay_s=0.05, restart_reset_s=0.5)
 
@@ -260,6 +276,43 @@ def test_an_interrupt_lets_every_role_stop(run: Run) -> None:
     assert cause.startswith("interrupted at step 7; resume with: driftstream train --resume")
     stopped = {path.name.removeprefix("stopped-") for path in run.root.glob("stopped-*")}
     assert stopped == NAMES
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_every_process_at_once_lets_every_role_stop(run: Run, number: signal.Signals) -> None:
+    """A Ctrl-C in a terminal and a scheduler's SIGTERM reach the roles too."""
+
+    def script() -> None:
+        run.all_run()
+        for pid in (os.getpid(), *processes(run.root).values()):
+            os.kill(pid, number)
+
+    code, cause = run.supervise("takes_a_while_to_stop", script)
+    assert code == 130
+    assert cause.startswith("interrupted at step")
+    assert {path.name.removeprefix("drained-") for path in run.root.glob("drained-*")} == NAMES
+    assert not any("ended" in text for text in run.events)
+
+
+def test_the_end_does_not_wait_for_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds from the interrupt, with W&B that never comes up."""
+    release = threading.Event()
+
+    def hang(**options: Any) -> None:
+        release.wait(PATIENCE_S)
+        raise RuntimeError("released")
+
+    monkeypatch.setattr(wandb, "init", hang)
+    interrupted: list[float] = []
+
+    def script() -> None:
+        run.all_run()
+        interrupted.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert run.supervise(script=script, wandb_mode="offline")[0] == 130
+    assert time.monotonic() - interrupted[0] < 10.5
+    release.set()
 
 
 def test_a_second_interrupt_kills(run: Run) -> None:

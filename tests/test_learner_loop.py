@@ -1,5 +1,6 @@
 """The loop ends at its limits whatever comes or does not come, and counts what was spent."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from driftstream.buffers.replay import ReplayConfig
 from driftstream.launch.config import RunConfig, resolve
 from driftstream.launch.methods import load_method
 from driftstream.launch.roles import build_learner, build_local_actors, build_refiner
-from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer
+from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer, load_latest
 from driftstream.learner.learner import Learner, LearnerConfig
 from driftstream.learner.limits import Budget, LimitsConfig
 from driftstream.learner.loop import TrainingLoop
@@ -49,7 +50,13 @@ def make(target: str = "gmm25", **changes: object) -> tuple[Learner, Actor]:
     return learner, actor
 
 
-def run(learner: Learner, source: DataSource, limits: LimitsConfig, run_dir: Path) -> tuple[str, list[dict]]:
+def run(
+    learner: Learner,
+    source: DataSource,
+    limits: LimitsConfig,
+    run_dir: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[str, list[dict]]:
     """Why the loop ended, and the rows that it reported."""
     rows: list[dict[str, float]] = []
 
@@ -57,7 +64,7 @@ def run(learner: Learner, source: DataSource, limits: LimitsConfig, run_dir: Pat
         rows.append({**metrics, "step": step, "energy_evaluations": energy_evaluations})
 
     checkpointer = Checkpointer(run_dir, CheckpointConfig())
-    loop = TrainingLoop(learner, source, Budget(limits), checkpointer, report, lambda: False, refine_every=1)
+    loop = TrainingLoop(learner, source, Budget(limits), checkpointer, report, should_stop, refine_every=1)
     return loop.run(), rows
 
 
@@ -285,3 +292,23 @@ def test_a_figure_of_one_step_outlasts_the_steps_after_it(tmp_path: Path) -> Non
     _, rows = run(learner, LocalSource([actor], []), LimitsConfig(steps=9), tmp_path)
     assert [row["step"] for row in rows] == [1, 9]
     assert rows[1]["train/grad_variance"] > 0
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_loop_ends_when_its_last_state_is_on_a_slow_disk(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def slowly(descriptor: int) -> None:
+        time.sleep(0.2)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slowly)
+    learner, actor = make()
+    stop = (lambda: learner.step >= 3) if stopped else (lambda: False)
+    reason, rows = run(learner, LocalSource([actor], []), LimitsConfig(steps=6), tmp_path, stop)
+    assert reason == ("stopped" if stopped else "steps")
+    found, damaged = load_latest(tmp_path)
+    assert not damaged
+    assert found.step == rows[-1]["step"] == (3 if stopped else 6)

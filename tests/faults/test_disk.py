@@ -97,3 +97,21 @@ def test_training_goes_on_without_its_run_directory_and_writes_it_anew(
     assert load_checkpoint(newest).step >= step
     command = [DRIFTSTREAM, "sample", str(root), "-n", "8", "-o", str(tmp_path / "draws.npz")]
     subprocess.run(command, check=True, timeout=60, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_checkpoints_that_cannot_be_written_fail_the_run_at_its_end_and_not_before(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    run = train("gmm9", "--minutes", "0.15", "--out", str(root), root=root)
+    run.wait_for(lambda: checkpoint_paths(root / "checkpoints"))
+    (root / "checkpoints").rename(tmp_path / "before")
+    (root / "checkpoints").touch()
+    run.wait_for(lambda: "learner: checkpoint not written, " in run.text())
+    step = run.step()
+    assert run.end(60) == 1
+    assert run.step() > step
+    assert max(row.get("checkpoint/failures", 0) for row in run.rows()) > 0
+    last = run.text().splitlines()[-1]
+    assert "learner ended: OSError: the last checkpoint was not written: " in last
+    assert last.endswith(f"driftstream train --resume {root}")

@@ -102,6 +102,29 @@ class Network:
             return
 
 
+def test_a_handshake_that_nobody_answers_is_begun_again() -> None:
+    """The learner's host is lost between taking a connection and its first word, and is there again."""
+    config = StreamConfig(transport="tcp")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        endpoint = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        client = StreamClient(endpoint, "actor-0", 0, config)
+        silent, _ = listener.accept()
+    with silent, client, StreamServer(endpoint, config):
+        assert client.wait_for_credit(2 * RECONNECT_S) is not None
+
+
+def test_a_connection_that_nobody_answers_is_asked_for_again_soon() -> None:
+    """A network that drops every packet: the system by itself asks after 11 seconds (Linux), and then after 19."""
+    config = StreamConfig(transport="tcp")
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        host, port = listener.getsockname()
+        with socket.create_connection((host, port)):  # its queue is full, so that the listener drops who comes next
+            client = StreamClient(f"tcp://{host}:{port}", "actor-0", 0, config)
+            assert client.wait_for_credit(11.5) is None
+    with client, StreamServer(f"tcp://{host}:{port}", config):
+        assert client.wait_for_credit(RECONNECT_S) is not None
+
+
 @pytest.fixture
 def server() -> Iterator[StreamServer]:
     with StreamServer("tcp://127.0.0.1:*", StreamConfig(transport="tcp")) as server:

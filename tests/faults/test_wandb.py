@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -49,4 +52,22 @@ def test_a_server_that_cannot_be_had_does_not_hold_the_run(
     assert longest < 1.0
     left = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
     assert not [child for child in left if "wandb-core" in child.name()]
-    assert not [thread for thread in threading.enumerate() if thread.name == "wandb"]
+    for thread in threading.enumerate():
+        if thread.name == "wandb":
+            thread.join(20.0)
+            assert not thread.is_alive(), "its service is gone, so it ends by itself"
+
+
+def test_an_interrupt_does_not_wait_for_a_silent_server(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        run = train("gmm9", "--minutes", "10", "--out", "{root}", wandb="online")
+        run.wait_for(lambda: run.step() > 0)
+        run.process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        assert run.end(20) == 130
+    assert time.monotonic() - start < 11.0
+    assert "W&B did not finish" in run.text()
