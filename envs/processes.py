@@ -20,6 +20,8 @@ from driftstream.envs.densities import log_normal, log_steps
 from driftstream.envs.errors import ConfigError, require
 from driftstream.envs.schedules import SCHEDULES, Schedule, clock
 
+SCHEDULE_RATIO = 10.0
+
 
 @dataclass(frozen=True)
 class ProcessConfig:
@@ -27,7 +29,8 @@ class ProcessConfig:
 
     `diffusion_variance` (σ² per unit of time, `brownian`) None takes the target's suggestion; `prior_std` (of the
     processes that start in a Gaussian: `dis`, `dds`) None its square root. `noise` is their ∫β: e^(-noise/2) of
-    the target is left in the prior. `schedule_ratio` is the rate of noise at t = 0 over that at t = 1.
+    the target is left in the prior. `schedule_ratio` is the rate of noise at t = 0 over that at t = 1; None is 10, or
+    with a falling schedule of `brownian` that of the target's `noise_range`, where it has one.
     """
 
     kind: Literal["brownian", "dis", "dds"] = "brownian"
@@ -35,7 +38,7 @@ class ProcessConfig:
     prior_std: float | None = None
     noise: float = 5.0
     schedule: Schedule = "constant"
-    schedule_ratio: float = 10.0
+    schedule_ratio: float | None = None
 
     def __post_init__(self) -> None:
         kinds = ("brownian", "dis", "dds")
@@ -47,7 +50,7 @@ class ProcessConfig:
         require(0.0 < self.noise < math.inf, "process.noise", self.noise, "a positive number")
         require(self.schedule in SCHEDULES, "process.schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
         ratio = self.schedule_ratio
-        require(1.0 < ratio < math.inf, "process.schedule_ratio", ratio, "a number above 1")
+        require(ratio is None or 1.0 < ratio < math.inf, "process.schedule_ratio", ratio, "a number above 1")
 
 
 class Kernels(NamedTuple):
@@ -233,7 +236,7 @@ class BrownianProcess(DiffusionProcess):
     """
 
     def __init__(
-        self, diffusion_variance: float, schedule: Schedule = "constant", schedule_ratio: float = 10.0
+        self, diffusion_variance: float, schedule: Schedule = "constant", schedule_ratio: float = SCHEDULE_RATIO
     ) -> None:
         valid = 0.0 < diffusion_variance < math.inf
         require(valid, "diffusion_variance", diffusion_variance, "a positive number")
@@ -295,7 +298,7 @@ class OrnsteinUhlenbeckProcess(DiffusionProcess):
         noise: float = 5.0,
         exponential: bool = False,
         schedule: Schedule = "constant",
-        schedule_ratio: float = 10.0,
+        schedule_ratio: float = SCHEDULE_RATIO,
     ) -> None:
         require(0.0 < prior_std < math.inf, "prior_std", prior_std, "a positive number")
         require(0.0 < noise < math.inf, "noise", noise, "a positive number")
@@ -326,7 +329,7 @@ def make_process(config: ProcessConfig) -> DiffusionProcess:
     scale = getattr(config, name)
     if scale is None:
         raise ConfigError(f"process.{name}", None, "a positive number (the configuration is not resolved)")
-    schedule = (config.schedule, config.schedule_ratio)
+    schedule = (config.schedule, config.schedule_ratio or SCHEDULE_RATIO)
     if config.kind == "brownian":
         return BrownianProcess(scale, *schedule)
     return OrnsteinUhlenbeckProcess(scale, config.noise, config.kind == "dds", *schedule)

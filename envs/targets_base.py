@@ -23,13 +23,15 @@ class Target(ABC):
     the learner's process evaluates the target (Langevin policies, on-policy data, `--sync`). Only `--dry-run` tries
     float64 too, and does without.
     `diffusion_variance` (σ², per unit of time) is a suggestion to the sampler, used where the configuration leaves
-    it open.
+    it open. A target whose features differ much in width may have a `noise_range`, the variances of the widest and of
+    a narrow one, for a noise that falls with time: it begins with the first and ends with the second.
     """
 
     name: str = ""
     dim: int
     log_z: float | None = None
     diffusion_variance: float = 1.0
+    noise_range: tuple[float, float] | None = None
     projections: tuple[tuple[int, int], ...] = ((0, 1),)
     plot_range: tuple[float, float] = (-5.0, 5.0)
     device: torch.device = torch.device("cpu")
@@ -112,6 +114,7 @@ class CountedTarget(Target):
         self.dim = target.dim
         self.log_z = target.log_z
         self.diffusion_variance = target.diffusion_variance
+        self.noise_range = target.noise_range
         self.projections = target.projections
         self.plot_range = target.plot_range
         self.device = target.device

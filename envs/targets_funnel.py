@@ -21,6 +21,8 @@ class Funnel(Target):
         self.name = name
         self.dim = dim
         self.variance = variance
+        # How far the neck reaches, and how narrow it is at one and a half of its standard deviations.
+        self.noise_range = (variance, math.exp(-1.5 * math.sqrt(variance)))
         self._constant = -0.5 * (dim * math.log(2 * math.pi) + math.log(variance))
 
     def log_reward(self, x: Tensor) -> Tensor:

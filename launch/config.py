@@ -23,7 +23,7 @@ from driftstream.buffers.replay import ReplayConfig
 from driftstream.envs.convert import convert
 from driftstream.envs.errors import ConfigError, require
 from driftstream.envs.grids import GridConfig
-from driftstream.envs.processes import ProcessConfig
+from driftstream.envs.processes import SCHEDULE_RATIO, ProcessConfig
 from driftstream.envs.registry import suggest
 from driftstream.envs.targets import make_target
 from driftstream.eval.evaluation import EvalConfig
@@ -84,9 +84,10 @@ LOW_DIMENSION, LOW_DIMENSIONAL_STEPS = 10, 20
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in what derives from the target and check the components against each other.
 
-    Rules: the diffusion variance is the target's own suggestion; exploration has the diffusion's rate; targets
+    Rules: the diffusion variance is the target's own suggestion; exploration has the rate of a constant diffusion; targets
     of at most ten dimensions take 20 steps with learned variance, others 40 with fixed variance (a learned one
-    spreads mass between the modes before the drift has found them). Where the kind of grid is left open too, a learned
+    spreads mass between the modes before the drift has found them). Where the noise falls and the target has a range for
+    it, that is taken, with 40 steps. Where the kind of grid is left open too, a learned
     variance, which fits the grid that it was trained on, keeps to a uniform one; without it a sampler trains on random
     grids of 10 steps, and is evaluated on 40 (on as many as it trains on where those are more).
 
@@ -94,20 +95,19 @@ def resolve(config: RunConfig) -> RunConfig:
         ConfigError: an unknown target, or components that contradict each other.
     """
     target = make_target(config.target, **config.target_options)
-    variance = config.process.diffusion_variance or target.diffusion_variance
-    prior_std = config.process.prior_std or variance**0.5
-    policy = config.policy
-    config = replace(
-        config,
-        process=replace(config.process, diffusion_variance=variance, prior_std=prior_std),
-        policy=replace(policy, learned_variance=_either(policy.learned_variance, target.dim <= LOW_DIMENSION)),
-    )
-    config = _resolve_grid(config, target.dim)
+    low = target.dim <= LOW_DIMENSION
+    constant = config.process.diffusion_variance or target.diffusion_variance
+    policy = replace(config.policy, learned_variance=_either(config.policy.learned_variance, low))
+    falls = config.process.kind == "brownian" and config.process.schedule != "constant"
+    noise_range = target.noise_range if falls else None
+    process = _resolve_process(config.process, target.diffusion_variance, noise_range)
+    config = replace(config, process=process, policy=policy)
+    config = _resolve_grid(config, LOW_DIMENSIONAL_STEPS if low and noise_range is None else FINE_STEPS)
     if config.policy.state_flow == "auto":
         balances = config.objective.balances_flows
         config = replace(config, policy=replace(config.policy, state_flow="plain" if balances else "none"))
     _check_objective(config, config.grid, config.policy)
-    config = _resolve_replay(_resolve_exploration(config))
+    config = _resolve_replay(_resolve_exploration(config, constant**0.5))
     _check_roles(config)
     return _check_teacher(_settle_kinds(config))
 
@@ -116,7 +116,21 @@ def _either(given: T | None, derived: T) -> T:
     return derived if given is None else given
 
 
-def _resolve_grid(config: RunConfig, dim: int) -> RunConfig:
+def _resolve_process(process: ProcessConfig, variance: float, noise_range: tuple[float, float] | None) -> ProcessConfig:
+    """The noise and how much it falls, of the range where there is one, and the prior's spread."""
+    ratio = SCHEDULE_RATIO
+    if noise_range is not None:
+        variance, ratio = noise_range[0], noise_range[0] / noise_range[1]
+    variance = _either(process.diffusion_variance, variance)
+    return replace(
+        process,
+        diffusion_variance=variance,
+        prior_std=_either(process.prior_std, variance**0.5),
+        schedule_ratio=_either(process.schedule_ratio, ratio),
+    )
+
+
+def _resolve_grid(config: RunConfig, fine: int) -> RunConfig:
     """The kind of grid and the numbers of steps, for training and for evaluation."""
     grid, evaluation = config.grid, config.eval
     if grid.kind == "auto" and not config.policy.learned_variance:
@@ -128,20 +142,17 @@ def _resolve_grid(config: RunConfig, dim: int) -> RunConfig:
     if grid.kind == "given":
         grid = replace(grid, sampling_steps=len(grid.times) - 1)
     elif grid.sampling_steps is None:
-        grid = replace(grid, sampling_steps=LOW_DIMENSIONAL_STEPS if dim <= LOW_DIMENSION else FINE_STEPS)
+        grid = replace(grid, sampling_steps=fine)
     return replace(config, grid=grid, eval=evaluation)
 
 
-def _resolve_exploration(config: RunConfig) -> RunConfig:
-    """The rate of the exploratory noise: the diffusion's, and none on-policy."""
+def _resolve_exploration(config: RunConfig, diffusion_std: float) -> RunConfig:
+    """The rate of the exploratory noise: a constant diffusion's, and none on-policy."""
     given = config.exploration.std
     if config.data == "on_policy":
         require(not given, "exploration.std", given, "0 or nothing, as data = 'on_policy' does not explore")
-        derived = 0.0
-    else:
-        assert config.process.diffusion_variance is not None
-        derived = config.process.diffusion_variance**0.5
-    return replace(config, exploration=replace(config.exploration, std=_either(given, derived)))
+        diffusion_std = 0.0
+    return replace(config, exploration=replace(config.exploration, std=_either(given, diffusion_std)))
 
 
 def _resolve_replay(config: RunConfig) -> RunConfig:
