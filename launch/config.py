@@ -84,12 +84,12 @@ LOW_DIMENSION, LOW_DIMENSIONAL_STEPS = 10, 20
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in what derives from the target and check the components against each other.
 
-    Rules: the diffusion variance is the target's own suggestion; exploration has the rate of a constant diffusion; targets
-    of at most ten dimensions take 20 steps with learned variance, others 40 with fixed variance (a learned one
-    spreads mass between the modes before the drift has found them). Where the noise falls and the target has a range for
-    it, that is taken, with 40 steps. Where the kind of grid is left open too, a learned
-    variance, which fits the grid that it was trained on, keeps to a uniform one; without it a sampler trains on random
-    grids of 10 steps, and is evaluated on 40 (on as many as it trains on where those are more).
+    Rules: the diffusion variance is the target's own suggestion; exploration has the rate of a constant diffusion;
+    targets of at most ten dimensions take 20 steps with learned variance, others 40 with fixed variance (a learned one
+    spreads mass between the modes before the drift has found them). Where the noise falls and the target has a range
+    for it, that is taken, with 40 steps. Where the kind of grid is left open too, a learned variance, which fits the
+    grid that it was trained on, keeps to a uniform one; without it a sampler trains on random grids of 10 steps, and is
+    evaluated on 40 (on as many as it trains on where those are more).
 
     Raises:
         ConfigError: an unknown target, or components that contradict each other.
