@@ -26,7 +26,7 @@ AskReplayed = Callable[[int], tuple[Tensor, Tensor] | None]
 class ExplorationConfig:
     """Extra noise of the actors. `std` is a rate: the behaviour policy's variance gains std^2 dt.
 
-    `std = None` is resolved to the diffusion's own rate (the square root of `diffusion_variance`).
+    `std = None` is resolved to the diffusion's own rate (the square root of a constant diffusion's variance).
     """
 
     std: float | None = None

@@ -143,7 +143,6 @@ class ControlClient:
         self._heartbeat_s = heartbeat_s
         self._outbox: deque[bytes] = deque(maxlen=MAX_QUEUED_REPORTS)
         self._latest: tuple[int, str] | None = None
-        self._looked_at: tuple[int, str] | None = None
         self._turned_at: float | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -177,11 +176,6 @@ class ControlClient:
     def command(self) -> str | None:
         """The supervisor's latest command, or None if there is none yet."""
         return None if self._latest is None else self._latest[1]
-
-    def new_command(self) -> str | None:
-        """The latest command where it has come since this was last called, otherwise None."""
-        before, self._looked_at = self._looked_at, self._latest
-        return None if self._looked_at is None or self._looked_at == before else self._looked_at[1]
 
     def close(self) -> None:
         """Send the reports that wait, if that can be done within half a second, and end the thread."""

@@ -87,14 +87,14 @@ class CreditLedger:
 
     def disconnect(self, name: str) -> None:
         """Take back the unused tickets of a sender whose connection is gone, until it says hello again."""
-        sender = self.senders[name]
+        sender = self.senders[name] = self.senders.pop(name)  # the latest to go comes last
         sender.connected = False
         self._drop_tickets(sender)
 
     def forget_one(self) -> str | None:
-        """Forget the first sender that is gone and of which nothing is unconsumed; its name, or None where all stay.
+        """Forget the sender that has been gone for longest, of those of which nothing is unconsumed; its name, if any.
 
-        Should it come back, it goes on where it says it stands.
+        Should it come back, it goes on where it says it stands: a batch whose acknowledgement it missed counts twice.
         """
         gone = (s.name for s in self.senders.values() if not s.connected and s.acknowledged == s.received)
         name = next(gone, None)

@@ -249,7 +249,8 @@ class StreamServer:
             forgotten = self._ledger.forget_one()
             if forgotten is None:
                 self._due.update(self._identities)  # an answer tells which of them are gone
-                raise WireError(f"more than {_MAX_SENDERS} senders")
+                self._counters["rejected"] += 1
+                return  # there may be room at its next hello
             self._hellos.pop(forgotten, None)
         sender = self._ledger.greet(hello.sender, hello.epoch, bool(paced), acknowledged, sent, granted)
         if sender is None:

@@ -1,6 +1,7 @@
 """The registry of targets: densities by name, or from a user's own file."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,15 @@ def make_target(name: str, /, **options: Any) -> Target:
     target.name = target.name or name.rpartition(":")[2]
     dim = getattr(target, "dim", None)
     require(isinstance(dim, int) and dim >= 1, f"{target.name}.dim", dim, "a positive integer")
+    noise, allowed = target.noise_range, "(wide, narrow), two variances of which the first is larger, or None"
+    require(noise is None or _is_falling(noise), f"{target.name}.noise_range", noise, allowed)
     return target
+
+
+def _is_falling(noise: object) -> bool:
+    if not (isinstance(noise, tuple) and len(noise) == 2 and all(isinstance(value, int | float) for value in noise)):
+        return False
+    return 0 < noise[1] < noise[0] < math.inf
 
 
 def target_names() -> list[str]:

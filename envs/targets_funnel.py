@@ -22,7 +22,8 @@ class Funnel(Target):
         self.dim = dim
         self.variance = variance
         # How far the neck reaches, and how narrow it is at one and a half of its standard deviations.
-        self.noise_range = (variance, math.exp(-1.5 * math.sqrt(variance)))
+        narrow = math.exp(-1.5 * math.sqrt(variance))
+        self.noise_range = (variance, narrow) if 0.0 < narrow < variance else None
         self._constant = -0.5 * (dim * math.log(2 * math.pi) + math.log(variance))
 
     def log_reward(self, x: Tensor) -> Tensor:

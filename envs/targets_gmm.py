@@ -33,6 +33,9 @@ class GaussianMixture(Target):
         # Log densities are in base 2, as exp2 is as fast at -500, where most components are, as at 0, but exp
         # turns 10 times slower near underflow. Components come first, as the first axis reduces fastest.
         log_scale = self.weights.log() - 0.5 * self.dim * math.log(2 * math.pi * variance)
+        center = self.weights @ self.means
+        spread = float(self.weights @ (self.means - center).square().mean(1))
+        self.noise_range = (spread + variance, variance) if spread > 0 else None
         self._precision = 1.0 / variance
         self._constants = Constants(self.means.T, self.means.T.unsqueeze(-1), log_scale.unsqueeze(-1) / LN_2)
 

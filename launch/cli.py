@@ -40,6 +40,7 @@ Train diffusion samplers for densities known up to their normaliser.
 `driftstream COMMAND --help` lists a command's flags.
 """
 EXIT_S = 0.5
+"""What exit handlers of libraries get: W&B's would wait for a silent server."""
 COMMANDS = ("train", "join", "sample", "eval", "list", "new", "check", "bench", "soak")
 
 

@@ -79,6 +79,8 @@ T = TypeVar("T")
 COARSE_STEPS, FINE_STEPS = 10, 40
 LOW_DIMENSION, LOW_DIMENSIONAL_STEPS = 10, 20
 """Up to this dimension the rules of `resolve` take a learned variance and this many steps."""
+STEEP = 500.0
+"""A noise that falls by more than this factor takes the fine grid all the same."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -87,9 +89,9 @@ def resolve(config: RunConfig) -> RunConfig:
     Rules: the diffusion variance is the target's own suggestion; exploration has the rate of a constant diffusion;
     targets of at most ten dimensions take 20 steps with learned variance, others 40 with fixed variance (a learned one
     spreads mass between the modes before the drift has found them). Where the noise falls and the target has a range
-    for it, that is taken, with 40 steps. Where the kind of grid is left open too, a learned variance, which fits the
-    grid that it was trained on, keeps to a uniform one; without it a sampler trains on random grids of 10 steps, and is
-    evaluated on 40 (on as many as it trains on where those are more).
+    for it, that is taken, with 40 steps where it is steep. Where the kind of grid is left open too, a learned variance,
+    which fits the grid that it was trained on, keeps to a uniform one; without it a sampler trains on random grids of
+    10 steps, and is evaluated on 40 (on as many as it trains on where those are more).
 
     Raises:
         ConfigError: an unknown target, or components that contradict each other.
@@ -102,7 +104,8 @@ def resolve(config: RunConfig) -> RunConfig:
     noise_range = target.noise_range if falls else None
     process = _resolve_process(config.process, target.diffusion_variance, noise_range)
     config = replace(config, process=process, policy=policy)
-    config = _resolve_grid(config, LOW_DIMENSIONAL_STEPS if low and noise_range is None else FINE_STEPS)
+    steep = noise_range is not None and noise_range[0] > STEEP * noise_range[1]
+    config = _resolve_grid(config, LOW_DIMENSIONAL_STEPS if low and not steep else FINE_STEPS)
     if config.policy.state_flow == "auto":
         balances = config.objective.balances_flows
         config = replace(config, policy=replace(config.policy, state_flow="plain" if balances else "none"))

@@ -66,7 +66,8 @@ class _TargetTrial:
             raise ContractError(
                 f"projections = {target.projections!r}: expected pairs of axes below dim = {target.dim}"
             )
-        return f"diffusion_variance = {variance:g}, plot_range = ({low:g}, {high:g})"
+        noise = "" if target.noise_range is None else ", noise_range = ({:g}, {:g})".format(*target.noise_range)
+        return f"diffusion_variance = {variance:g}{noise}, plot_range = ({low:g}, {high:g})"
 
     def shapes(self) -> str:
         # CountedTarget says what is wrong.

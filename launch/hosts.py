@@ -4,9 +4,10 @@ A host has one connection to the supervisor, under the name `join@HOST`: it watc
 and hands on what they report. So it is heard as one, and ordered as one.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from driftstream.buffers.checks import MAX_INTEGER, is_integer, is_name
@@ -17,7 +18,8 @@ MAX_HOSTS = 1_000
 MAX_FIGURES = 100
 MAX_TEXT = 1_000
 RESTART = "restart "
-"""What the order to a host begins with that one of its roles, whose name follows, shall start afresh."""
+"""What the order to a host begins with that roles of its shall start afresh; their names follow, each with how often so
+far, as a command is the latest state and not an event."""
 _NAME = re.compile(r"(?:actor|refiner)-(?P<kind>.+)-\d+@.+")
 
 
@@ -47,8 +49,9 @@ class RoleKinds(Mapping[str, str]):
 
 @dataclass
 class _Host:
-    roles: int
+    roles: frozenset[str]
     heard: float
+    restarts: dict[str, int] = field(default_factory=dict)
     silent: bool = False
 
 
@@ -117,9 +120,11 @@ class JoinedHosts:
 
     def restart(self, role: str) -> None:
         """Have the host of a role that the learner has dropped start it afresh."""
-        host = role.partition("@")[2]
-        if host in self._hosts and not self._stopping:
-            self._send(LINK + host, f"{RESTART}{role}")
+        name = role.partition("@")[2]
+        host = self._hosts.get(name)
+        if host is not None and role in host.roles and not self._stopping:
+            host.restarts[role] = host.restarts.get(role, 0) + 1
+            self._send(LINK + name, RESTART + json.dumps(host.restarts))
 
     def _join(self, name: str, payload: Mapping[str, Any], now: float) -> None:
         roles = payload.get("roles")
@@ -127,7 +132,7 @@ class JoinedHosts:
         if not valid or len(self._hosts) >= MAX_HOSTS or name in self._hosts:
             return
         assert isinstance(roles, list)
-        self._hosts[name] = _Host(len(roles), now)
+        self._hosts[name] = _Host(frozenset(roles), now)
         shown = ", ".join(role.partition("@")[0] for role in roles[:8]) + (", …" if len(roles) > 8 else "")
         self._event(f"{name} joined: {shown}", "green")
         if self._stopping:

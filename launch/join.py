@@ -1,6 +1,7 @@
 """`driftstream join`: actors and refiners on this host for a run whose learner is on another."""
 
 import contextlib
+import json
 import re
 import secrets
 import shutil
@@ -186,6 +187,7 @@ class JoinedHost(Supervisor):
         plan = replace(plan, seed=derive_seed(plan.seed, host))
         super().__init__(plan, run, 0, context, progress, role_function)
         self._link, self._host = link, host
+        self._dropped: dict[str, int] = {}
 
     def run(self) -> int:
         """Make data until the run ends: 0. See `Supervisor.run` for the other exit codes."""
@@ -213,8 +215,15 @@ class JoinedHost(Supervisor):
         elif self._link.link.gone_s > SILENCE_S:
             self._stop(FAILED, f"the run has been silent for {SILENCE_S:g} s")
         else:
-            name = (self._link.new_command() or "").removeprefix(RESTART)
-            if name in self._roles:
+            self._restart_dropped(self._link.command() or "")
+
+    def _restart_dropped(self, command: str) -> None:
+        """Start afresh what the run wants started afresh more often than it was."""
+        if not command.startswith(RESTART):
+            return
+        for name, count in json.loads(command.removeprefix(RESTART)).items():
+            if name in self._roles and count > self._dropped.get(name, 0):
+                self._dropped[name] = count
                 self._on_drop(name, "dropped by the learner")
 
     def _log(self, role: RoleProcess, metrics: dict[str, float], position: Mapping[str, Any]) -> None:

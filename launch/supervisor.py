@@ -36,9 +36,8 @@ ORDINARY_KINDS = ("explore", "mala")
 """Kinds that go without saying."""
 FINAL_EVALUATION_S = 600.0
 """A final evaluation that takes longer is given up."""
-STOPPING_S = 10.0
-"""From a Ctrl-C or a failure to the end of every process; roles and the monitor have to be done before."""
 ROLES_STOP_S, MONITOR_STOPS_S = 8.0, 9.0
+"""From a Ctrl-C or a failure to the end of the roles, and of the monitor, so that all have ended within ten seconds."""
 MONITOR_CLOSE_S, LEAST_PATIENCE_S = 10.0, 0.5
 HOSTS_LEAVE_S = 5.0
 """What joined hosts have to end after this run's own processes."""
@@ -358,10 +357,10 @@ class Supervisor:
 
     def _see_off_hosts(self) -> None:
         """Wait a while for joined hosts to leave, so that the run's record has how they ended."""
-        deadline = time.monotonic() + HOSTS_LEAVE_S
+        deadline, signals = time.monotonic() + HOSTS_LEAVE_S, self._signals
         if self._stopping_since is not None:
             deadline = min(deadline, self._stopping_since + ROLES_STOP_S)
-        while self._hosts.present and time.monotonic() < deadline:
+        while self._hosts.present and time.monotonic() < deadline and self._signals == signals:
             self._read_reports(TICK_MS)
 
     def _order(self, role: RoleProcess, command: str, within_s: float) -> None:

@@ -28,6 +28,10 @@ INTERRUPTED = 130
 PRELOAD = ("driftstream.launch.preload",)
 
 
+PATIENCE_S = (10.0, 5.0, 0.5)
+"""With W&B at the end of a run under `--sync`, by how often it was interrupted."""
+
+
 def run(arguments: list[str], prog: str) -> int:
     """Train, or show what would be trained; returns the exit code."""
     start_up = StartUp()
@@ -124,8 +128,11 @@ def _run_here(flags: TrainFlags, config_flags: list[str], prog: str) -> int:
 
         monitor = Monitor(run.root, plan.monitor, plan.resolved)
         try:
-            with contextlib.closing(monitor), _counted_interrupts() as interrupts:
-                final = train_sync(config, run.root, monitor, show, progress.event, lambda: bool(interrupts))
+            with _counted_interrupts() as interrupts:
+                try:
+                    final = train_sync(config, run.root, monitor, show, progress.event, lambda: bool(interrupts))
+                finally:
+                    monitor.close(PATIENCE_S[min(len(interrupts), 2)])
         except CheckpointError as error:
             raise CommandError(str(error)) from error
         except (TargetError, PluginError) as error:

@@ -23,7 +23,8 @@ DUMP_STACK = signal.SIGUSR1
 """Makes a role write to its log where each of its threads is."""
 EXIT_S = 2.0
 NOTHING_TO_SAVE_S = 4.0
-"""What a role other than the learner gets once the supervisor is gone; a library may hold the interpreter beyond it."""
+"""What a role other than the learner gets once the supervisor is gone; a library that holds the interpreter's lock may
+take longer."""
 EVALUATOR_NICE = 10
 """The evaluator gives way to the roles that train."""
 

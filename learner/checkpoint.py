@@ -171,21 +171,23 @@ def find_checkpoint(directory: Path, name: str) -> Path | None:
     return found
 
 
-def keep_only(directory: Path, state: CheckpointState, keep: int) -> Path:
+def keep_only(directory: Path, state: CheckpointState, keep: int, spare_later: bool = False) -> Path:
     """Write a checkpoint, then remove all but it and the `keep - 1` before it; returns its path.
 
-    One of a later step could not be read, as the run went on from before it: it is set aside under the name
-    `step-<n>.skipped`, the latest such one, as it must not stand for a newer one.
+    One of a later step must not stand for a newer one. With `spare_later` the latest of them is set aside under the
+    name `step-<n>.skipped`: a run that went on from before it could not read it.
     """
     path = save_checkpoint(directory, state)
     paths = checkpoint_paths(directory)
     end = paths.index(path) + 1
-    for old in paths[: max(0, end - keep)]:
-        shutil.rmtree(old, ignore_errors=True)
-    if later := paths[end:]:
-        for skipped in (*directory.glob("step-*.skipped"), *later[:-1]):
+    later = paths[end:]
+    if later and spare_later:
+        for skipped in directory.glob("step-*.skipped"):
             shutil.rmtree(skipped, ignore_errors=True)
-        later[-1].rename(directory / f"{later[-1].name}.skipped")
+        latest = later.pop()
+        latest.rename(directory / f"{latest.name}.skipped")
+    for old in (*paths[: max(0, end - keep)], *later):
+        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -245,7 +247,7 @@ class Checkpointer:
 
     def _write(self, state: CheckpointState) -> None:
         try:
-            keep_only(self.directory, state, self.config.keep)
+            keep_only(self.directory, state, self.config.keep, spare_later=True)
             self.error = None
         except Exception as error:
             # Whatever it is: unseen, it would end the thread and with it the run's last state.

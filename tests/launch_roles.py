@@ -19,7 +19,7 @@ from driftstream.launch.supervisor import Supervisor
 def obey(role: str, config: object, context: RoleContext) -> None:
     """A learner that trains until the file RUN/enough appears, and others that do what they are told.
 
-    It drops the sender that the file RUN/drop names.
+    It drops the senders that the file RUN/drop names.
     """
     control = context.control
     control.report("event", {"text": f"{context.name} runs"})
@@ -29,7 +29,8 @@ def obey(role: str, config: object, context: RoleContext) -> None:
             context.report_metrics({"train/loss": 0.5}, **where)
             control.report("status", {"phase": "training", "step": 7, "progress": 0.5})
             if (to_drop := context.run_dir / "drop").exists():
-                control.report("dropped", {"sender": to_drop.read_text(), "reason": "10 messages in a row refused"})
+                for sender in to_drop.read_text().splitlines():
+                    control.report("dropped", {"sender": sender, "reason": "10 messages in a row refused"})
                 to_drop.unlink()
             if (context.run_dir / "enough").exists():
                 status = {"phase": "finished", "step": 7, "progress": 1.0, "reason": "steps"}

@@ -457,6 +457,15 @@ def test_only_senders_that_are_gone_and_whose_batches_are_used_are_forgotten() -
     assert list(ledger.senders) == ["here"]
 
 
+def test_the_sender_that_has_been_gone_for_longest_is_forgotten() -> None:
+    ledger = CreditLedger(credits=2, window=4)
+    for name in ("late", "early"):
+        ledger.greet(name, 0, True, 0, 0, 0)
+    for name in ("early", "late"):
+        ledger.disconnect(name)
+    assert [ledger.forget_one(), ledger.forget_one()] == ["early", "late"]
+
+
 def test_a_full_table_of_senders_makes_room_for_a_new_one(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("driftstream.buffers.stream_server._MAX_SENDERS", 2)
     server = stream.server(max_outstanding=8)

@@ -109,11 +109,9 @@ def test_commands_arrive_and_set_their_events(server: ControlServer, join: Calla
     client, other = join("actor-0"), join("actor-1")
     collect(server, lambda seen: {r.role for r in seen} == {"actor-0", "actor-1"})
     assert client.command() is None
-    assert client.new_command() is None
     server.send("actor-0", "finish")
     assert client.finish.wait(20)
     assert client.command() == "finish"
-    assert (client.new_command(), client.new_command()) == ("finish", None)
     assert not client.stop.is_set()
     server.send("actor-0", "stop")
     assert client.stop.wait(20)

@@ -249,11 +249,14 @@ def test_an_interrupted_run_loses_nothing(number: signal.Signals, tmp_path: Path
     root, environment = tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--out", str(root)], env=environment, stderr=subprocess.PIPE, text=True)
     metrics, deadline = root / "metrics.jsonl", time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not checkpoint_paths(root / "checkpoints")
-    process.send_signal(number)
-    assert process.communicate(timeout=10)[1].splitlines()[-1].endswith(f"driftstream train --resume {root}")
+    try:
+        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not checkpoint_paths(root / "checkpoints")
+        process.send_signal(number)
+        assert process.communicate(timeout=20)[1].splitlines()[-1].endswith(f"driftstream train --resume {root}")
+    finally:
+        process.kill()
     assert process.returncode == 130
     (path,) = checkpoint_paths(root / "checkpoints")
     assert load_checkpoint(path).step == json.loads(metrics.read_text().splitlines()[-1])["step"]

@@ -1,5 +1,6 @@
 """From flags to a configuration: what contradicts itself, and what a resumed run must keep."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from driftstream.actors.refiner import RefinerConfig
 from driftstream.buffers.control import ControlClient, Endpoints, RoleContext
 from driftstream.buffers.replay import ReplayConfig
 from driftstream.envs.errors import ConfigError
+from driftstream.envs.processes import ProcessConfig
+from driftstream.envs.targets import make_target
+from driftstream.envs.targets_funnel import Funnel
 from driftstream.launch.cli import main
 from driftstream.launch.config import RunConfig, resolve, to_toml
 from driftstream.launch.configure import configure
@@ -151,6 +155,41 @@ def test_a_contradiction_within_a_component_is_one_plain_line(capsys: pytest.Cap
 def configured(arguments: str) -> RunConfig:
     flags, config_flags = read_flags(arguments.split(), "driftstream train")
     return configure(flags, config_flags, "driftstream train")
+
+
+@pytest.mark.parametrize(
+    ("target", "process", "expected"),
+    [
+        ("funnel", ProcessConfig(schedule="geometric"), (9.0, 9.0 * math.exp(4.5), 40)),
+        ("funnel", ProcessConfig(schedule="geometric", diffusion_variance=2.0), (2.0, 9.0 * math.exp(4.5), 40)),
+        ("funnel", ProcessConfig(schedule="geometric", schedule_ratio=7.0), (9.0, 7.0, 40)),
+        ("funnel", ProcessConfig(), (1.0, 10.0, 20)),
+        ("funnel", ProcessConfig(kind="dis", schedule="geometric"), (1.0, 10.0, 20)),
+        ("gmm25", ProcessConfig(schedule="geometric"), (50.3, 50.3 / 0.3, 20)),
+        ("manywell", ProcessConfig(schedule="geometric"), (1.0, 10.0, 40)),
+    ],
+)
+def test_a_falling_noise_follows_the_targets_range(
+    target: str, process: ProcessConfig, expected: tuple[float, float, int]
+) -> None:
+    config = resolve(RunConfig(target=target, process=process))
+    found = (config.process.diffusion_variance, config.process.schedule_ratio, config.grid.sampling_steps)
+    assert found == pytest.approx(expected)
+    given = process.diffusion_variance or make_target(target).diffusion_variance
+    assert config.exploration.std == pytest.approx(given**0.5)
+    assert resolve(config) == config
+
+
+@pytest.mark.parametrize("noise", [(0.01, 9.0), (9.0, 0.0), (9.0,), [9.0, 1.0], (math.inf, 1.0), (math.nan, 1.0), 3])
+def test_a_range_of_noise_that_is_none_is_refused(noise: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Funnel, "noise_range", property(lambda self: noise, lambda self, value: None), raising=False)
+    with pytest.raises(ConfigError, match=r"funnel\.noise_range = .*: expected \(wide, narrow\)"):
+        make_target("funnel")
+
+
+@pytest.mark.parametrize("variance", [0.25, 1e6])
+def test_a_funnel_whose_neck_is_not_narrow_has_no_range(variance: float) -> None:
+    assert make_target("funnel", variance=variance).noise_range is None
 
 
 @pytest.mark.parametrize(

@@ -200,17 +200,20 @@ def test_a_joined_role_that_dies_is_started_again_there_and_the_run_hears_of_it(
     assert host.end() == 130
 
 
-def test_a_joined_role_that_the_learner_drops_is_started_again_there(cluster: Cluster) -> None:
-    host = cluster.join()
+def test_joined_roles_that_the_learner_drops_are_started_again_there(cluster: Cluster) -> None:
+    host = cluster.join(actors=2)
     directory = cluster.folder / host.output.stem
-    name = f"actor-explore-0@{host_of(host)}"
+    host_name = host_of(host)
+    host.says("actor-explore-1@", "runs")
+    names = [f"actor-explore-{index}@{host_name}" for index in range(2)]
     draft = cluster.root / "drop.partial"
-    draft.write_text(name)
+    draft.write_text("\n".join(names))
     draft.rename(cluster.root / "drop")
-    cluster.run.says(f"{name} dropped by the learner: 10 messages in a row refused")
-    for side in (host, cluster.run):
-        side.says(f"{name} ended: dropped by the learner", "restarted")
-    wait_for(lambda: len(set(seeds(directory))) == 2)
+    for name in names:
+        cluster.run.says(f"{name} dropped by the learner: 10 messages in a row refused")
+        for side in (host, cluster.run):
+            side.says(f"{name} ended: dropped by the learner", "restarted")
+    wait_for(lambda: len(set(seeds(directory))) == 4)
     host.process.send_signal(signal.SIGTERM)
     assert host.end() == 130
 

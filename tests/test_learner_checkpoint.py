@@ -94,12 +94,18 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(tmp_path: Path
 def test_one_that_could_not_be_read_is_set_aside_by_the_next_write(tmp_path: Path) -> None:
     for step in (1, 4, 5):
         save_checkpoint(tmp_path, state(step=step))
-    keep_only(tmp_path, state(step=2), keep=3)
+    keep_only(tmp_path, state(step=2), keep=3, spare_later=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2", "step-5.skipped"]
     (tmp_path / "step-5.skipped").rename(tmp_path / "step-5")
     assert load_latest(tmp_path)[0].step == 5
-    keep_only(tmp_path, state(step=3), keep=3)
+    keep_only(tmp_path, state(step=3), keep=3, spare_later=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2", "step-3", "step-5.skipped"]
+
+
+def test_the_best_one_is_replaced_by_one_of_an_earlier_step(tmp_path: Path) -> None:
+    for step in (5, 4):
+        keep_only(tmp_path, state(step=step), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
 
 
 def test_a_checkpoint_is_found_by_what_a_user_calls_it(tmp_path: Path) -> None:

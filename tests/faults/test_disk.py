@@ -103,7 +103,7 @@ def test_checkpoints_that_cannot_be_written_fail_the_run_at_its_end_and_not_befo
     train: Callable[..., Any], tmp_path: Path
 ) -> None:
     root = tmp_path / "run"
-    run = train("gmm9", "--minutes", "0.15", "--out", str(root), root=root)
+    run = train("gmm9", "--minutes", "0.4", "--out", str(root), root=root)
     run.wait_for(lambda: checkpoint_paths(root / "checkpoints"))
     (root / "checkpoints").rename(tmp_path / "before")
     (root / "checkpoints").touch()

@@ -69,5 +69,5 @@ def test_an_interrupt_does_not_wait_for_a_silent_server(
         run.process.send_signal(signal.SIGINT)
         start = time.monotonic()
         assert run.end(20) == 130
-    assert time.monotonic() - start < 11.0
+    assert time.monotonic() - start < 13.0, "without a bound it takes more than 20"
     assert "W&B did not finish" in run.text()
