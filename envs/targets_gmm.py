@@ -35,7 +35,8 @@ class GaussianMixture(Target):
         log_scale = self.weights.log() - 0.5 * self.dim * math.log(2 * math.pi * variance)
         center = self.weights @ self.means
         spread = float(self.weights @ (self.means - center).square().mean(1))
-        self.noise_range = (spread + variance, variance) if spread > 0 else None
+        # The whole spread lets more paths stray, and reaches the modes no better.
+        self.noise_range = (0.5 * spread + variance, variance) if spread > 0 else None
         self._precision = 1.0 / variance
         self._constants = Constants(self.means.T, self.means.T.unsqueeze(-1), log_scale.unsqueeze(-1) / LN_2)
 

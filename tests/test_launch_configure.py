@@ -165,7 +165,7 @@ def configured(arguments: str) -> RunConfig:
         ("funnel", ProcessConfig(schedule="geometric", schedule_ratio=7.0), (9.0, 7.0, 40)),
         ("funnel", ProcessConfig(), (1.0, 10.0, 20)),
         ("funnel", ProcessConfig(kind="dis", schedule="geometric"), (1.0, 10.0, 20)),
-        ("gmm25", ProcessConfig(schedule="geometric"), (50.3, 50.3 / 0.3, 20)),
+        ("gmm25", ProcessConfig(schedule="geometric"), (25.3, 25.3 / 0.3, 20)),
         ("manywell", ProcessConfig(schedule="geometric"), (1.0, 10.0, 40)),
     ],
 )
