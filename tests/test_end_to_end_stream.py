@@ -45,7 +45,7 @@ def test_a_run_ends_with_results_plots_and_the_same_figures_everywhere(
     assert expected <= {name for row in history for name in row}
     assert summary["eval/w2"] == pytest.approx(results["eval/w2"])
     assert config["target"] == "gmm25"
-    assert config["process"]["diffusion_variance"] == 5.0
+    assert config["process"]["diffusion_variance"] == 25.3
     images = [path.name for path in root.glob("wandb/offline-run-*/files/media/images/plots/*.png")]
     assert any("samples" in name for name in images)
     assert any("training" in name for name in images)
