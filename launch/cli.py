@@ -44,7 +44,7 @@ EXIT_S = 0.5
 COMMANDS = ("train", "join", "sample", "eval", "list", "new", "check", "bench", "soak")
 
 
-def command() -> NoReturn:
+def run_and_leave() -> NoReturn:
     """Run the command that this process was started with, and end it."""
     leave(main(), EXIT_S)
 

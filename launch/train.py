@@ -26,8 +26,6 @@ from driftstream.launch.start_up import StartUp
 
 INTERRUPTED = 130
 PRELOAD = ("driftstream.launch.preload",)
-
-
 PATIENCE_S = (10.0, 5.0, 0.5)
 """With W&B at the end of a run under `--sync`, by how often it was interrupted."""
 
