@@ -28,6 +28,12 @@ Memory is bounded
     whatever their relative speeds, and sockets drop a frame above `max_message_bytes` before it takes memory.
     High-water marks alone would not do: every connection buffers several messages on either side.
 
+Large batches are not copied through the socket
+    Where both ends are processes of this machine, the hello offers memory of the sender's, which the learner maps;
+    the credit says whether it could (see `shared_memory`). Then what is sent of a batch is its header and where its
+    tensors are. They are checked as those that come in frames, and nothing of the protocol changes, but that what the
+    learner takes is its own only until it releases it.
+
 Staleness is bounded, and nothing hangs on the dead
     Trajectories need a ticket from one window over all actors (see `credits`). A ticket held by a process
     whose connection is gone is taken back within half a second and given to another; a sender that is only

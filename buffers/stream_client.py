@@ -1,5 +1,6 @@
 """The sending end of the stream (protocol: see `channels`)."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ import zmq
 from torch import Tensor
 
 from driftstream.buffers import sockets
+from driftstream.buffers.shared_memory import SHARED_FROM_BYTES, SlotMemory
 from driftstream.buffers.stream_config import HELLO_INTERVAL_S, Product, StreamConfig, StreamError
 from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode
 
@@ -43,6 +45,9 @@ class StreamClient:
         self._acknowledged = 0
         self._version = 0
         self._unacknowledged: dict[int, list[bytes | memoryview]] = {}
+        self._memory: SlotMemory | None = None
+        self._in_memory: set[int] = set()
+        self._shares = False  # whether the learner has the memory
         self._hello_number = 0
         self._hello_due = 0.0
         self._sent_before_hello: int | None = None  # None once the hello is answered
@@ -59,6 +64,10 @@ class StreamClient:
         except Exception:
             self.close()
             raise
+        if endpoint.startswith("ipc:"):
+            # Without such memory batches travel through the socket.
+            with contextlib.suppress(OSError):
+                self._memory = SlotMemory(config.credits, self._limits.max_message_bytes)
 
     @property
     def unacknowledged(self) -> int:
@@ -94,8 +103,8 @@ class StreamClient:
         message = self._message(kind, self._sent + 1, counters or {}, policy_version, tensors)
         frames = encode(message, self._limits)
         self._sent += 1
-        self._unacknowledged[self._sent] = frames
-        sockets.send_now(self._socket, frames)
+        self._unacknowledged[self._sent] = self._keep(frames)
+        self._dispatch(self._sent)
 
     def request_seeds(self, n: int, timeout_s: float) -> Message | None:
         """Ask the learner for `n` terminal states to start chains from, and wait for them.
@@ -121,6 +130,8 @@ class StreamClient:
         if not self._socket.closed:
             sockets.close(self._context, self._socket)
             self._unacknowledged.clear()
+            if self._memory is not None:
+                self._memory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -151,6 +162,7 @@ class StreamClient:
             "sent": self._sent,
             "granted": self._granted,
             "paced": int(self._produces == "trajectories"),
+            **({} if self._memory is None else self._memory.address()),
         }
         hello = self._message("hello", self._hello_number + 1, counters)
         if not sockets.send_now(self._socket, encode(hello, self._limits)):
@@ -174,6 +186,23 @@ class StreamClient:
     ) -> Message:
         return Message(kind, self._sender, self._epoch, sequence, policy_version, counters, tensors or {})
 
+    def _keep(self, frames: list[bytes | memoryview]) -> list[bytes | memoryview]:
+        """The frames of the newest batch as they are kept: large tensors in the memory that the learner shares."""
+        header, *payload = frames
+        memory, large = self._memory, sum(len(data) for data in payload) >= SHARED_FROM_BYTES
+        # With more credits than slots the place of the newest may not be free.
+        if memory is None or not self._shares or not large or self._sent > self._acknowledged + memory.slots:
+            return frames
+        self._in_memory.add(self._sent)
+        return [header, *memory.put(self._sent % memory.slots, payload)]
+
+    def _dispatch(self, sequence: int) -> None:
+        """Send a batch that is kept, by its locator where the learner has the memory that it is in."""
+        frames = self._unacknowledged[sequence]
+        if self._memory is not None and self._shares and sequence in self._in_memory:
+            frames = [self._memory.locator(sequence % self._memory.slots, frames[1:]), frames[0]]
+        sockets.send_now(self._socket, frames)
+
     def _receive(self) -> None:
         for frames in sockets.drain(self._socket):
             try:
@@ -195,12 +224,14 @@ class StreamClient:
         self._version = credit.policy_version
         self._granted = max(self._granted, granted)
         self._acknowledged = max(self._acknowledged, acknowledged)
+        self._shares = credit.counters.get("shares") == 1
         for sequence in [s for s in self._unacknowledged if s <= self._acknowledged]:
             del self._unacknowledged[sequence]
+            self._in_memory.discard(sequence)
         if credit.sequence != self._hello_number or self._sent_before_hello is None:
             return
         lost = range(received + 1, self._sent_before_hello + 1)
         self._sent_before_hello = None
         for sequence in lost:
             if sequence in self._unacknowledged:
-                sockets.send_now(self._socket, self._unacknowledged[sequence])
+                self._dispatch(sequence)

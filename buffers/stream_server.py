@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 from typing import Self
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from driftstream.buffers import sockets
 from driftstream.buffers.checks import is_integer
 from driftstream.buffers.credits import Arrival, CreditLedger
+from driftstream.buffers.shared_memory import MappedMemory, address_in, is_locator
 from driftstream.buffers.stream_config import SeedRequest, StreamConfig, StreamError
-from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode
+from driftstream.buffers.wire import Buffer, Message, WireError, WireLimits, decode, encode
 from driftstream.envs.errors import require
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class StreamServer:
         self._terminals: deque[Message] = deque()
         self._requests: dict[str, SeedRequest] = {}
         self._identities: dict[str, bytes] = {}
+        self._memories: dict[bytes, MappedMemory] = {}
         self._hellos: dict[str, int] = {}
         self._refused_in_a_row: dict[bytes, int] = {}
         self._dropped: dict[str, str] = {}
@@ -81,6 +84,7 @@ class StreamServer:
     def take(self, timeout_s: float) -> Message | None:
         """The oldest batch of trajectories, or None at the time-out; `release` it when it is used.
 
+        Its tensors may be memory that the sender writes to again once the batch is released: use or copy them before.
         None too, early, when an actor asks for states: its batch may be the next one.
         Raises `StreamError` when nothing more is to be expected: the ingest thread failed.
         """
@@ -224,7 +228,13 @@ class StreamServer:
                 self._counters["rejected"] += 1
             return
         try:
-            message = decode(frames, self._limits)
+            located = self._locate(identity, frames)
+            if located is None:
+                # The sender says hello and sends it again.
+                with self._changed:
+                    self._counters["out_of_order"] += 1
+                return
+            message = decode(located, self._limits)
             with self._changed:
                 match message.kind:
                     case "hello":
@@ -233,12 +243,22 @@ class StreamServer:
                         self._take_seed_request(message)
                     case "trajectories" | "terminals":
                         self._take_batch(message)
-                        self._counters["received_bytes"] += sum(len(frame) for frame in frames)
+                        self._counters["received_bytes"] += sum(len(frame) for frame in located)
                     case _:
                         raise WireError(f"{message.kind} is not for the learner")
         except WireError as error:
             with self._changed:
                 self._refuse(identity, str(error))
+
+    def _locate(self, identity: bytes, frames: Sequence[Buffer]) -> Sequence[Buffer] | None:
+        """Header and tensors of a message; None where they are in a memory that is not known (any more)."""
+        if not frames or not is_locator(frames[0]):
+            return frames
+        memory = self._memories.get(identity)
+        if memory is None:
+            return None
+        locator, *header = frames
+        return [*header, *memory.payload(locator)]
 
     def _take_hello(self, identity: bytes, hello: Message) -> None:
         position = [hello.counters.get(name) for name in ("paced", "acknowledged", "sent", "granted")]
@@ -255,9 +275,23 @@ class StreamServer:
         sender = self._ledger.greet(hello.sender, hello.epoch, bool(paced), acknowledged, sent, granted)
         if sender is None:
             raise WireError(f"{hello.sender} contradicts its stream of epoch {hello.epoch}; a restart needs a new one")
+        former = self._identities.get(hello.sender)
+        if former is not None and former != identity:
+            self._memories.pop(former, None)
         self._identities[hello.sender] = identity
         self._hellos[hello.sender] = hello.sequence
+        self._share(identity, address_in(hello.counters))
         self._due.add(hello.sender)
+
+    def _share(self, identity: bytes, address: dict[str, int | float] | None) -> None:
+        """Map the memory that a sender of this machine offers; without it batches come through the socket."""
+        if address is None or not self.endpoint.startswith("ipc:"):
+            return
+        known = self._memories.pop(identity, None)
+        try:
+            self._memories[identity] = known if known and known.address == address else MappedMemory(address)
+        except OSError as error:
+            logger.debug("no shared memory with %s: %s", self._name(identity), error)
 
     def _take_batch(self, batch: Message) -> None:
         sender = self._ledger.senders.get(batch.sender)
@@ -329,6 +363,7 @@ class StreamServer:
             "acknowledged": sender.acknowledged,
             "received": sender.received,
             "granted": sender.granted,
+            "shares": int(self._identities.get(name) in self._memories),
         }
         return encode(Message("credit", name, sender.epoch, self._hellos[name], self._version, position))
 
@@ -345,5 +380,6 @@ class StreamServer:
     def _disconnect(self, name: str, identity: bytes | None) -> None:
         if identity is not None and self._identities.get(name) == identity:
             del self._identities[name]
+            self._memories.pop(identity, None)
             self._requests.pop(name, None)
             self._ledger.disconnect(name)

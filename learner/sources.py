@@ -147,7 +147,8 @@ class StreamSource:
         for message in self._server.take_terminals():
             batch = self._accept(message)
             if batch is not None:
-                batches.append((batch["terminal"], batch["log_reward"]))
+                # What is released may be written to: copies.
+                batches.append((batch["terminal"].clone(), batch["log_reward"].clone()))
             self._server.release(message, self._publisher.version, self._reason)
         return batches
 

@@ -17,6 +17,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from driftstream.buffers import stream_client
 from driftstream.buffers.channels import SeedRequest, StreamClient, StreamConfig, StreamError, StreamServer
 from driftstream.buffers.credits import Arrival, CreditLedger
 from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode
@@ -71,9 +72,11 @@ class Stream:
         return thing
 
 
-@pytest.fixture(params=["ipc", "tcp"])
-def stream(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stream]:
-    made = Stream(tmp_path, request.param)
+@pytest.fixture(params=["ipc", "shared memory", "tcp"])
+def stream(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
+    if request.param == "shared memory":
+        monkeypatch.setattr(stream_client, "SHARED_FROM_BYTES", 0)  # even of these small batches
+    made = Stream(tmp_path, "tcp" if request.param == "tcp" else "ipc")
     yield made
     for thing in reversed(made.opened):
         thing.close()
