@@ -17,6 +17,7 @@ from driftstream.actors.weights import PolicySubscriber
 from driftstream.buffers.channels import StreamClient, StreamConfig
 from driftstream.buffers.control import RoleContext
 from driftstream.envs.errors import PluginError, TargetError, require
+from driftstream.envs.finiteness import is_finite
 from driftstream.envs.grids import uniform_grid
 from driftstream.envs.targets import CountedTarget, describe_point
 from driftstream.envs.trajectory import TrajectoryError, validate_trajectories
@@ -122,9 +123,9 @@ class Actor:
         return batch if self._own_code else batch.to(next(self.policy.parameters()).dtype)
 
     def _usable(self, batch: TensorDict) -> TensorDict:
-        finite = batch["log_reward"].isfinite() & batch["states"].isfinite().all(-1).all(-1)
-        if bool(finite.all()):
+        if is_finite(batch["log_reward"]) and is_finite(batch["states"]):
             return batch
+        finite = batch["log_reward"].isfinite() & batch["states"].isfinite().all(-1).all(-1)
         if not self.rejected:
             point = describe_point(batch["states"][~finite][:, -1])
             logger.warning("target %r: undefined log reward at %s; left out, and counted", self.target.name, point)

@@ -20,10 +20,10 @@ from driftstream.buffers.wire import (
     WireError,
     WireLimits,
     byte_view,
-    is_finite,
     tensor_bytes,
     view_tensor,
 )
+from driftstream.envs.finiteness import is_finite
 
 MAGIC = b"DSTW"
 SCHEMA = 2

@@ -24,6 +24,7 @@ from torch import Tensor
 from driftstream.buffers.checks import MAX_INTEGER, is_integer, is_name
 from driftstream.buffers.checksum import checksum
 from driftstream.envs.errors import require
+from driftstream.envs.finiteness import is_finite
 
 Buffer = bytes | bytearray | memoryview | zmq.Frame
 
@@ -175,11 +176,6 @@ def view_tensor(view: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> T
         return torch.empty(tuple(shape), dtype=dtype)
     tensor = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype).reshape(tuple(shape))
     return tensor.clone() if tensor.data_ptr() % dtype.itemsize else tensor
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every element is finite: one pass by the sum, a second only where the sum itself overflows."""
-    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _check_header_length(length: int, limits: WireLimits) -> None:

@@ -1,6 +1,5 @@
 """The interface of a target density, and the wrapper that counts and checks its evaluations."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Self, TypeVar
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from driftstream.envs.errors import TargetError
+from driftstream.envs.finiteness import is_finite
 
 R = TypeVar("R")
 _SHOWN = 8
@@ -131,14 +131,14 @@ class CountedTarget(Target):
     def log_reward(self, x: Tensor) -> Tensor:
         log_reward = self._check(self._guard(self.target.log_reward, x), x, x.shape[:-1], "log_reward")
         self.energy_evaluations += log_reward.numel()
-        if not _sums_to_finite(log_reward):
+        if not is_finite(log_reward):
             self.nonfinite += int((~log_reward.isfinite()).sum())
         return log_reward
 
     def score(self, x: Tensor) -> Tensor:
         score = self._check(self._guard(self.target.score, x), x, x.shape, "score")
         self.gradient_evaluations += score.numel() // self.dim
-        if not _sums_to_finite(score):
+        if not is_finite(score):
             finite = score.isfinite().all(-1)
             self.nonfinite += int((~finite).sum())
             score = torch.where(finite.unsqueeze(-1), score, 0.0)
@@ -150,7 +150,7 @@ class CountedTarget(Target):
         score = self._check(score, x, x.shape, "score")
         self.energy_evaluations += log_reward.numel()
         self.gradient_evaluations += log_reward.numel()
-        if not (_sums_to_finite(log_reward) and _sums_to_finite(score)):
+        if not (is_finite(log_reward) and is_finite(score)):
             finite = score.isfinite().all(-1)
             self.nonfinite += int((~(finite & log_reward.isfinite())).sum())
             score = torch.where(finite.unsqueeze(-1), score, 0.0)
@@ -231,9 +231,3 @@ def _raises(function: Callable[..., object], x: Tensor) -> bool:
     except Exception:
         return True
     return False
-
-
-def _sums_to_finite(values: Tensor) -> bool:
-    # NaN and infinity survive a sum, so that one cheap pass clears the usual case; a sum of finite values
-    # that overflows only costs the exact count.
-    return math.isfinite(values.detach().sum().item())

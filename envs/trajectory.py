@@ -9,12 +9,13 @@ A batch of B trajectories with T steps in D dimensions has batch size [B] and th
     condition   [B, ...]     optional
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+
+from driftstream.envs.finiteness import is_finite
 
 
 class TrajectoryError(ValueError):
@@ -81,11 +82,9 @@ def _check_tensor(key: str, value: Tensor, shape: list[int], finite: bool) -> No
         raise TrajectoryError(f"{key!r} has shape {list(value.shape)}: expected {shape}")
     if value.dtype not in (torch.float32, torch.float64):
         raise TrajectoryError(f"{key!r} has dtype {value.dtype}: expected float32 or float64")
-    # A sum shows NaN and infinity in one pass; only an odd one is worth looking through.
-    if finite and not math.isfinite(value.detach().sum().item()):
+    if finite and not is_finite(value):
         bad = value.numel() - int(value.isfinite().sum())
-        if bad:
-            raise TrajectoryError(f"{key!r} has {bad} values that are not finite: expected none")
+        raise TrajectoryError(f"{key!r} has {bad} values that are not finite: expected none")
 
 
 def as_transitions(trajectories: TensorDict) -> TensorDict:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from driftstream.buffers.checksum import checksum
 from driftstream.buffers.replay import ReplayConfig, TerminalReplay
 from driftstream.buffers.weights_wire import WeightSnapshot, decode_weights, encode_weights
-from driftstream.buffers.wire import Buffer, Message, byte_view, decode, encode, is_finite
+from driftstream.buffers.wire import Buffer, Message, byte_view, decode, encode
+from driftstream.envs.finiteness import is_finite
 from driftstream.eval.bench_rounds import Comparison, compare, median_ratio, time_rounds
 
 PAIRS = 10

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from driftstream.buffers import weights_wire
 from driftstream.buffers.checksum import checksum
 from driftstream.buffers.weights_wire import WeightSnapshot, decode_weights, encode_weights
-from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode, is_finite
+from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode
 from driftstream.envs.errors import ConfigError
+from driftstream.envs.finiteness import is_finite
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("error")]
 

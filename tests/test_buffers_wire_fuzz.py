@@ -15,6 +15,7 @@ from driftstream.buffers import checks, checksum, weights_wire, wire, wire_fuzz
 from driftstream.buffers.wire import Message, WireError
 from driftstream.buffers.wire_fuzz import MAX_GROWTH_BYTES, FuzzReport, fuzz
 from driftstream.envs.errors import ConfigError
+from driftstream.envs.finiteness import is_finite
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("error")]
 
@@ -53,7 +54,7 @@ def code_objects(function: Any) -> list[CodeType]:
 
 
 def test_every_line_of_the_decoders_is_run() -> None:
-    functions: list[Any] = [wire.byte_view, wire.view_tensor, wire.is_finite, wire.decode, weights_wire.decode_weights]
+    functions: list[Any] = [wire.byte_view, wire.view_tensor, is_finite, wire.decode, weights_wire.decode_weights]
     functions += [checks.is_integer, checks.is_name, checksum.checksum]
     inner = [value for module in (wire, weights_wire) for name, value in vars(module).items() if name.startswith("_")]
     functions += [value for value in inner if isinstance(value, FunctionType)]
