@@ -18,6 +18,8 @@ class Publisher:
     def __init__(self, learner: Learner, budget: Budget, weights: str, ema_weights: str) -> None:
         self._learner = learner
         self._budget = budget
+        # Training and resuming change these in place.
+        self._tensors = learner.published_tensors()
         self._weights = WeightPublisher(weights)
         self._average = WeightPublisher(ema_weights)
         self._average_due = 0.0
@@ -28,7 +30,7 @@ class Publisher:
         learner = self._learner
         if self.version != learner.step:
             self.version = learner.step
-            self._weights.publish(self._snapshot(learner.published_tensors()))
+            self._weights.publish(self._snapshot(self._tensors))
         now = time.monotonic()
         if now >= self._average_due:
             self._average_due = now + AVERAGE_EVERY_S
