@@ -234,6 +234,8 @@ def _check_teacher(config: RunConfig) -> RunConfig:
     require(name in ("trajectory_balance", "vargrad"), "objective.name", name, allowed)
     length = config.objective.segment_length
     require(length is None, "objective.segment_length", length, "nothing, as the run has a teacher")
+    lesson, replays = config.teacher.student_learns, config.replay.ratio > 0
+    require(lesson == "paths" or replays, "teacher.student_learns", lesson, "'paths', as replay.ratio = 0")
     return config
 
 

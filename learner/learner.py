@@ -28,6 +28,8 @@ from driftstream.learner.teacher import Teacher, TeacherConfig, teacher_policy
 Metrics = dict[str, Tensor | float]
 STUDENT = "explore"
 """The kind of actor that rolls the student out."""
+TEACHER = "teacher"
+"""The kind of actor that rolls the teacher out while it guides."""
 GUIDED_STEPS = 1000
 """Beside a teacher the student's own ends are not replayed, as they are seen anyway, unless for so many steps no other
 actor has sent any."""
@@ -131,13 +133,17 @@ class Learner:
 
         `kind` says of which kind the actor is that made it. An objective that is trained on replay alone has no use for
         paths of the policy itself: they only give a rough level of log Z, for display, and the step does not count
-        (None).
+        (None). Nor does a batch of a teacher's that is kept for its ends only.
         """
         states, log_reward = batch["states"], batch["log_reward"]
         known = self.replay if len(self.replay) else self.terminals
         novelty = self.statistics.novelty(kind, states[:, -1], known)
         paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
-        metrics, residual = self._learn_fresh(paths, progress)
+        if kind == TEACHER and self.teacher is not None and self._learns_ends_of(self.teacher, progress):
+            metrics: Metrics | None = None
+            residual: Tensor | None = self._teach(self.teacher, paths, progress)
+        else:
+            metrics, residual = self._learn_fresh(paths, progress)
         if kind != STUDENT:
             self._guided_at = self.step
         guided = (
@@ -147,6 +153,19 @@ class Learner:
             self.terminals.add(states[:, -1], log_reward, residual)
         self.statistics.add(kind, log_reward, residual, novelty, trained=metrics is not None)
         return metrics
+
+    @staticmethod
+    def _learns_ends_of(teacher: Teacher, progress: float) -> bool:
+        return teacher.config.student_learns == "ends" and teacher.guides(progress)
+
+    def _teach(self, teacher: Teacher, paths: Paths, progress: float) -> Tensor:
+        """Let the teacher learn from paths of its own, on which the student is not trained; the student's residuals."""
+        log_weight = self.log_weight(paths)
+        self.start_log_z(log_weight)
+        residual = log_weight - self.log_z.detach()
+        if teacher.due(self.step, progress):
+            teacher.learn(paths, residual, progress)
+        return residual
 
     def _learn_fresh(self, paths: Paths, progress: float) -> tuple[Metrics | None, Tensor | None]:
         """The update's metrics (None where it is none), and the residuals that it was made from."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from driftstream.learner.objectives import log_weights, teacher_log_reward, traj
 from driftstream.learner.optim import OptimConfig, Optimizer
 
 Metrics = dict[str, Tensor | float]
+Lesson = Literal["paths", "ends"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class TeacherConfig:
     factor with the turns of fresh and replayed batches, or it sees one of them only), and `rate_factor` multiplies the
     student's learning rate. It guides up to the fraction `until` of training: from there on it learns no
     more, and its actors roll the student out.
+
+    The student is trained on its `paths`, as published, or learns only where they `end`: what is replayed, or refined
+    before, comes from there too. Beside local search the latter costs the student nothing, while paths that lead to
+    where it has no business leave it slower to train for good.
     """
 
     alpha: float = 0.5
@@ -35,10 +41,13 @@ class TeacherConfig:
     clip_grad_norm: float = 100.0
     every: int = 1
     until: float = 1.0
+    student_learns: Lesson = "paths"
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "teacher.every", self.every, "at least 1 learner step")
         require(0 < self.until <= 1, "teacher.until", self.until, "a fraction of training in (0, 1]")
+        lesson, lessons = self.student_learns, get_args(Lesson)
+        require(lesson in lessons, "teacher.student_learns", lesson, f"one of {', '.join(lessons)}")
         for name in ("alpha", "clip_grad_norm"):
             require(getattr(self, name) >= 0, f"teacher.{name}", getattr(self, name), "a number >= 0")
         for name in ("weight", "rate_factor", "log_z_learning_rate"):
@@ -69,9 +78,13 @@ class Teacher:
         self.started = False
         self.skipped = 0
 
+    def guides(self, progress: float) -> bool:
+        """Whether its actors roll it out, when the fraction `progress` of training is done."""
+        return progress < self.config.until
+
     def due(self, step: int, progress: float) -> bool:
         """Whether it learns at this step of the learner."""
-        return step % self.config.every == 0 and progress < self.config.until
+        return step % self.config.every == 0 and self.guides(progress)
 
     def learn(self, paths: Paths, residual: Tensor, progress: float) -> Metrics:
         """Update from whole trajectories [B] with the student's residual on each, [B], as a constant."""

@@ -128,6 +128,35 @@ def test_a_teacher_may_guide_a_part_of_training_only() -> None:
     assert behaviours == [actor.context.teacher, actor.context.policy]
 
 
+def test_a_student_may_learn_where_the_teachers_paths_end_and_not_the_paths() -> None:
+    learner = make(teacher=TeacherConfig(until=0.5, student_learns="ends"))
+    assert learner.teacher is not None
+    batch = rollout(learner.policy, learner.process, learner.target, uniform_grid(6), 4, exploration_std=1.0)
+    before, of_teacher = (
+        {name: value.clone() for name, value in policy.state_dict().items()}
+        for policy in (learner.policy, learner.teacher.policy)
+    )
+    log_weight = learner.log_weight(Paths(batch["states"], uniform_grid(6), batch["log_reward"]))
+    assert learner.learn_fresh(batch, 0.49, "teacher") is None
+    assert (learner.step, len(learner.terminals)) == (0, 4)
+    assert float(learner.log_z.detach()) == pytest.approx(float(log_weight.median()))
+    assert all(torch.equal(value, before[name]) for name, value in learner.policy.state_dict().items())
+    changed = [not torch.equal(v, of_teacher[name]) for name, v in learner.teacher.policy.state_dict().items()]
+    assert any(changed)
+    assert learner.statistics.metrics()["kind/teacher/share"] == 0.0
+    for progress, kind in ((0.49, "explore"), (0.5, "teacher")):
+        assert learner.learn_fresh(batch, progress, kind) is not None
+
+
+def test_a_student_that_learns_ends_needs_replay() -> None:
+    method = load_method("teacher").config
+    config = replace(method, target="gmm9", teacher=TeacherConfig(student_learns="ends"))
+    with pytest.raises(ConfigError, match=r"teacher\.student_learns = 'ends'.*replay\.ratio = 0"):
+        resolve(replace(config, replay=replace(method.replay, ratio=0.0)))
+    with pytest.raises(ConfigError, match=r"teacher\.student_learns = 'both'"):
+        TeacherConfig(student_learns="both")  # type: ignore[arg-type]
+
+
 def test_published_weights_hold_both_samplers() -> None:
     learner = make()
     assert learner.teacher is not None
