@@ -25,8 +25,8 @@ EXIT_S = 2.0
 NOTHING_TO_SAVE_S = 4.0
 """What a role other than the learner gets once the supervisor is gone; a library that holds the interpreter's lock may
 take longer."""
-EVALUATOR_NICE = 10
-"""The evaluator gives way to the roles that train."""
+NICE = {"refiner": 5, "evaluator": 10}
+"""Nobody waits for a refiner's next states, nor for an evaluation: they give way to learner and actors."""
 
 log = logging.getLogger("driftstream")
 
@@ -53,8 +53,7 @@ def worker_main(
     os.umask(0o077)
     _write_to(run.log(name))
     setproctitle.setproctitle(f"driftstream {name} {run.root}")
-    if role == "evaluator":
-        os.nice(EVALUATOR_NICE)
+    os.nice(NICE.get(role, 0))
     log.info("%s: process %d, epoch %d, seed %d", name, os.getpid(), epoch, seed)
     code = _run(run, role, index, epoch, seed, role_function, joined_as)
     if code == 0:
