@@ -104,8 +104,9 @@ class MappedMemory:
         own = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._size = os.fstat(own).st_size
-            if not fcntl.fcntl(own, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK or self._size > MAX_MEMORY_BYTES:
-                raise OSError(f"{path} may shrink, or is too large to map")
+            sealed = fcntl.fcntl(own, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            if not sealed or not 0 < self._size <= MAX_MEMORY_BYTES:
+                raise OSError(f"{path} may shrink, or has {self._size} bytes: expected 1 to {MAX_MEMORY_BYTES}")
             self._view = memoryview(mmap.mmap(own, self._size))
         finally:
             os.close(own)

@@ -1,5 +1,6 @@
 """Batches in shared memory: what a locator may say, who may change what, and what is left when a process ends."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -107,10 +108,12 @@ def test_another_file_is_not_mapped(memory: SlotMemory, change: dict[str, float]
         MappedMemory(memory.address() | change)
 
 
-def test_a_memory_that_may_shrink_is_not_mapped() -> None:
+@pytest.mark.parametrize(("size", "seals"), [(4096, 0), (0, fcntl.F_SEAL_SHRINK), (2**47, fcntl.F_SEAL_SHRINK)])
+def test_a_memory_that_may_shrink_or_has_a_wrong_size_is_not_mapped(size: int, seals: int) -> None:
     descriptor = os.memfd_create("driftstream-7", os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, 4096)
-    with pytest.raises(OSError, match="may shrink"):
+    os.ftruncate(descriptor, size)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    with pytest.raises(OSError, match="may shrink, or has"):
         MappedMemory({"memory_pid": os.getpid(), "memory_fd": descriptor, "memory_token": 7})
     os.close(descriptor)
 
