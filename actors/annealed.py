@@ -6,6 +6,7 @@ Source: Neal 2001 (arXiv physics/9803008); with resampling on the way: Del Moral
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -26,13 +27,17 @@ from driftstream.actors.refiner import ChainRefiner
 from driftstream.envs.errors import require
 from driftstream.envs.targets import CountedTarget, Target
 
+CORE = 0.1
+"""Share of the seeds by whose distance from their median the width of their core is measured."""
+
 
 @dataclass(frozen=True)
 class AnnealedConfig:
     """One cycle: `chains` particles, each `mcmc_steps` bridges with a MALA step on each, then resampled by weight.
 
     The Gaussian that they start from has the seeds' mean, and per coordinate `broadening` times their standard
-    deviation, or `min_std` if that is more. Bridge k is at β = (k / mcmc_steps)^`power`. Particles are resampled on
+    deviation, or `min_std` if that is more; a target with narrow features (`Target.noise_range`) has narrower ones
+    beside it (`GaussianBase.around`). Bridge k is at β = (k / mcmc_steps)^`power`. Particles are resampled on
     the way too, where their effective sample size falls below the fraction `resample_below` (0: never).
     """
 
@@ -59,38 +64,51 @@ class AnnealedConfig:
 
 @dataclass(frozen=True)
 class GaussianBase:
-    """Where annealing starts: independent normals of mean `[D]` and standard deviation `std [D]`."""
+    """Where annealing starts: K equally likely Gaussians of independent coordinates, `mean [K, D]` and `std [K, D]`."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def around(cls, seeds: Tensor, broadening: float, min_std: float) -> "GaussianBase":
-        """Mean and `broadening` times the standard deviation of `seeds [C, D]`, at least `min_std`."""
-        return cls(seeds.mean(0), (broadening * seeds.std(0, correction=0)).clamp_min(min_std))
+    def around(cls, seeds: Tensor, broadening: float, min_std: float, narrowest: float | None = None) -> "GaussianBase":
+        """Mean and `broadening` times the standard deviation of `seeds [C, D]`, at least `min_std`.
+
+        A standard deviation may be that of a few far seeds. So where the target says how narrow it is somewhere, there
+        are two Gaussians more, about the median: one as wide as its core, that is, as all seeds would be if they were
+        Gaussian with as many near the median; and one by the same factor narrower than that, as seeds may miss what is
+        narrow. Coordinates without heavy tails are as wide in all three, and none is narrower than `narrowest`.
+        """
+        mean, wide = seeds.mean(0), (broadening * seeds.std(0, correction=0)).clamp_min(min_std)
+        if narrowest is None:
+            return cls(mean[None], wide[None])
+        median = seeds.median(0).values
+        core = broadening * (seeds - median).abs().quantile(CORE, 0) / NormalDist().inv_cdf(0.5 + 0.5 * CORE)
+        core = core.minimum(wide)
+        stds = torch.stack([wide, core, core.square() / wide])
+        return cls(torch.stack([mean, median, median]), stds.clamp_min(narrowest))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws `[n, D]`."""
-        mean = self.mean
-        noise = torch.randn(n, len(mean), generator=generator, device=mean.device, dtype=mean.dtype)
-        return mean + self.std * noise
+        """n draws `[n, D]`, of every Gaussian in turn."""
+        mean, which = self.mean, torch.arange(n, device=self.mean.device) % len(self.mean)
+        noise = torch.randn(n, mean.shape[1], generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean[which] + self.std[which] * noise
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised log density `[...]` and its gradient `[..., D]` at x `[..., D]`."""
+        standard = (x.unsqueeze(-2) - self.mean) / self.std
+        each = -(0.5 * standard.square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+        share = each.softmax(-1).unsqueeze(-1)
+        return each.logsumexp(-1) - math.log(len(self.mean)), -(share * standard / self.std).sum(-2)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Normalised log density: x `[..., D]` -> `[...]`."""
-        standard = (x - self.mean) / self.std
-        return -(0.5 * standard.square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    def score(self, x: Tensor) -> Tensor:
-        """Gradient of `log_prob`: x `[..., D]` -> `[..., D]`."""
-        return (self.mean - x) / self.std.square()
+        return self.log_prob_and_score(x)[0]
 
 
 def bridge(state: MalaState, base: GaussianBase, beta: float) -> tuple[Tensor, Tensor]:
     """(1 - β) log p_0 + β log R `[C]` and its gradient `[C, D]`, from the state's cached log R and score."""
-    return (
-        torch.lerp(base.log_prob(state.x), state.log_reward, beta),
-        torch.lerp(base.score(state.x), state.score, beta),
-    )
+    log_prob, score = base.log_prob_and_score(state.x)
+    return torch.lerp(log_prob, state.log_reward, beta), torch.lerp(score, state.score, beta)
 
 
 def bridge_step(
@@ -209,7 +227,8 @@ def run_annealed(
     seeds = seeds[target.log_reward(seeds).isfinite()]
     if not len(seeds):
         return gather(seeds, [], step_size, [])
-    base = GaussianBase.around(seeds, config.broadening, config.min_std)
+    narrowest = None if target.noise_range is None else math.sqrt(target.noise_range[1])
+    base = GaussianBase.around(seeds, config.broadening, config.min_std, narrowest)
     annealed = anneal(base, len(seeds), target, config, step_size, generator)
     state = annealed.state
     if len(state.x):

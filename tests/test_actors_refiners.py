@@ -354,18 +354,25 @@ def test_tempering_asks_the_target_once_a_step_and_keeps_no_state_twice_in_a_row
 # Annealed importance sampling
 
 
+def mixture(base: GaussianBase) -> torch.distributions.Distribution:
+    each = torch.distributions.Independent(torch.distributions.Normal(base.mean, base.std), 1)
+    equal = torch.distributions.Categorical(torch.ones(len(base.mean), dtype=base.mean.dtype))
+    return torch.distributions.MixtureSameFamily(equal, each)
+
+
 def test_bridge_step_equals_its_transcription() -> None:
     target, beta, size = make_target("gmm9"), 0.35, 0.9
-    base = GaussianBase(torch.tensor([0.5, -1.0]).double(), torch.tensor([3.0, 4.0]).double())
+    means, stds = [[0.5, -1.0], [0.0, 1.0]], [[3.0, 4.0], [1.0, 0.5]]
+    base = GaussianBase(torch.tensor(means).double(), torch.tensor(stds).double())
     state = mala_init(base.sample(40, seeded(21)), target)
     after, info = bridge_step(state, target, base, beta, size, seeded(22))
     generator = seeded(22)
     noise = torch.randn(40, 2, dtype=torch.float64, generator=generator)
     uniforms = torch.rand(40, dtype=torch.float64, generator=generator)
-    start = torch.distributions.Normal(base.mean, base.std)
+    start = mixture(base)
 
     def log_bridge(x: Tensor) -> Tensor:
-        return (1 - beta) * start.log_prob(x).sum(-1) + beta * target.log_reward(x)
+        return (1 - beta) * start.log_prob(x) + beta * target.log_reward(x)
 
     def score(x: Tensor) -> Tensor:
         leaf = x.clone().requires_grad_()
@@ -387,9 +394,9 @@ def test_bridge_step_equals_its_transcription() -> None:
 
 def test_annealed_weights_equal_their_transcription() -> None:
     target, config = make_target("gmm9"), AnnealedConfig(mcmc_steps=12, power=2.0, resample_below=0.0)
-    base = GaussianBase(torch.zeros(2).double(), torch.full((2,), 4.0).double())
+    base = GaussianBase(torch.zeros(3, 2).double(), torch.tensor([[4.0, 4.0], [1.0, 2.0], [0.5, 3.0]]).double())
     annealed = anneal(base, 30, target, config, 0.2, seeded(23))
-    start = torch.distributions.Normal(base.mean, base.std)
+    start = mixture(base)
     generator, step_size = seeded(23), 0.2
     state = mala_init(base.sample(30, generator), target)
     log_weight = torch.zeros(30, dtype=torch.float64)
@@ -397,7 +404,7 @@ def test_annealed_weights_equal_their_transcription() -> None:
         before, beta = ((step - 1) / 12) ** 2, (step / 12) ** 2
         for row in range(30):
             x = state.x[row]
-            bridges = [(1 - b) * start.log_prob(x).sum() + b * target.log_reward(x) for b in (before, beta)]
+            bridges = [(1 - b) * start.log_prob(x) + b * target.log_reward(x) for b in (before, beta)]
             log_weight[row] += bridges[1] - bridges[0]
         state, info = bridge_step(state, target, base, beta, step_size, generator)
         step_size *= 1.1 if info.acceptance_rate > config.target_acceptance else 0.9
@@ -471,13 +478,13 @@ def test_effective_share_equals_its_transcription() -> None:
 
 def test_particles_that_start_where_there_is_no_reward_have_no_weight() -> None:
     target = CountedTarget(Cliff())
-    base = GaussianBase(torch.zeros(1), torch.ones(1))
+    base = GaussianBase(torch.zeros(1, 1), torch.ones(1, 1))
     annealed = anneal(base, 20_000, target, AnnealedConfig(mcmc_steps=10), 0.1, seeded(43))
     ends = torch.special.ndtr(torch.tensor([-1.5, 0.5], dtype=torch.float64))
     alive = float(ends[1] - ends[0])
     assert len(annealed.state.x) == pytest.approx(20_000 * alive, rel=0.03)
     assert annealed.log_z == pytest.approx(math.log(math.sqrt(2 * math.pi) * alive), abs=0.03)
-    lost = anneal(GaussianBase(torch.full((1,), 50.0), torch.ones(1)), 5, target, AnnealedConfig())
+    lost = anneal(GaussianBase(torch.full((1, 1), 50.0), torch.ones(1, 1)), 5, target, AnnealedConfig())
     assert lost.log_z == -math.inf
     assert lost.state.x.shape == (0, 1)
 
@@ -485,12 +492,44 @@ def test_particles_that_start_where_there_is_no_reward_have_no_weight() -> None:
 def test_base_has_moments_of_the_seeds_and_a_least_width() -> None:
     seeds = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
     base = GaussianBase.around(seeds, 2.0, 0.5)
-    torch.testing.assert_close(base.mean, torch.tensor([2.0, 5.0]))
-    torch.testing.assert_close(base.std, torch.tensor([2.0, 0.5]))
-    assert GaussianBase.around(seeds[:1], 2.0, 0.5).std.tolist() == [0.5, 0.5]
-    x = torch.randn(5, 2)
-    expected = torch.distributions.Normal(base.mean, base.std).log_prob(x).sum(-1)
-    torch.testing.assert_close(base.log_prob(x), expected)
+    torch.testing.assert_close(base.mean, torch.tensor([[2.0, 5.0]]))
+    torch.testing.assert_close(base.std, torch.tensor([[2.0, 0.5]]))
+    assert GaussianBase.around(seeds[:1], 2.0, 0.5).std.tolist() == [[0.5, 0.5]]
+
+
+def test_a_base_with_cores_is_a_mixture_and_draws_every_part_equally() -> None:
+    base = GaussianBase(torch.tensor([[0.0, 1.0], [5.0, -20.0]]), torch.tensor([[1.0, 2.0], [3.0, 0.1]]))
+    x = base.sample(4000, seeded(46))
+    torch.testing.assert_close(base.log_prob(x), mixture(base).log_prob(x))
+    leaf = x[:50].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mixture(base).log_prob(leaf).sum(), leaf)
+    torch.testing.assert_close(base.log_prob_and_score(leaf.detach())[1], gradient, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x[::2].mean(0), base.mean[0], rtol=0.0, atol=0.2)
+    torch.testing.assert_close(x[1::2].std(0), base.std[1], rtol=0.1, atol=0.0)
+
+
+def test_cores_are_as_wide_as_the_spread_of_gaussian_seeds_and_narrow_where_tails_are_heavy() -> None:
+    scale = torch.tensor([1.0, 4.0])
+    gaussian = 2.0 + scale * torch.randn(20_000, 2, generator=seeded(47))
+    base = GaussianBase.around(gaussian, 1.5, 0.1, narrowest=0.1)
+    torch.testing.assert_close(base.std, 1.5 * scale.expand(3, 2), rtol=0.1, atol=0.0)
+    torch.testing.assert_close(base.mean, torch.full((3, 2), 2.0), rtol=0.0, atol=0.2)
+    heavy = GaussianBase.around(gaussian * (2.0 * torch.randn(20_000, 1, generator=seeded(48))).exp(), 1.5, 0.1, 0.5)
+    assert bool((heavy.std[0] > 3 * heavy.std[1]).all())
+    torch.testing.assert_close(heavy.std[2], (heavy.std[1] ** 2 / heavy.std[0]).clamp_min(0.5))
+    assert len(GaussianBase.around(gaussian[:1], 1.5, 0.1, 0.5).std.unique()) == 1
+
+
+def test_annealing_reaches_both_ends_of_the_funnel() -> None:
+    target = make_target("funnel")
+    seeds = target.sample(900, seeded(49))
+    assert seeds is not None
+    below = []
+    for run in range(6):
+        outcome = run_annealed(seeds, target, AnnealedConfig(), None, seeded(50 + run))
+        below.append(float((outcome.terminal[:, 0] < -2).float().mean()))
+    # A quarter of the funnel's mass lies there; 0.002 of what starts from a Gaussian as wide as the seeds alone.
+    assert 0.05 < sum(below) / 6 < 0.4, below
 
 
 def test_annealing_counts_one_call_a_step() -> None:
