@@ -74,18 +74,19 @@ class GaussianBase:
         """Mean and `broadening` times the standard deviation of `seeds [C, D]`, at least `min_std`.
 
         A standard deviation may be that of a few far seeds. So where the target says how narrow it is somewhere, there
-        are two Gaussians more, about the median: one as wide as its core, that is, as all seeds would be if they were
-        Gaussian with as many near the median; and one by the same factor narrower than that, as seeds may miss what is
-        narrow. Coordinates without heavy tails are as wide in all three, and none is narrower than `narrowest`.
+        are two Gaussians more, about the median: one narrower by the factor by which the seeds' core is (a Gaussian
+        with as many near the median), and one by that factor again, as seeds may miss what is narrow. Coordinates
+        without heavy tails are as wide in all three, and none becomes narrower than `narrowest`.
         """
-        mean, wide = seeds.mean(0), (broadening * seeds.std(0, correction=0)).clamp_min(min_std)
+        mean, spread = seeds.mean(0), seeds.std(0, correction=0)
+        wide = (broadening * spread).clamp_min(min_std)
         if narrowest is None:
             return cls(mean[None], wide[None])
         median = seeds.median(0).values
-        core = broadening * (seeds - median).abs().quantile(CORE, 0) / NormalDist().inv_cdf(0.5 + 0.5 * CORE)
-        core = core.minimum(wide)
-        stds = torch.stack([wide, core, core.square() / wide])
-        return cls(torch.stack([mean, median, median]), stds.clamp_min(narrowest))
+        core = (seeds - median).abs().quantile(CORE, 0) / NormalDist().inv_cdf(0.5 + 0.5 * CORE)
+        factor = (core / spread).nan_to_num(1.0).clamp_max(1.0)
+        stds = torch.stack([wide, factor * wide, factor.square() * wide])
+        return cls(torch.stack([mean, median, median]), stds.maximum(wide.clamp_max(narrowest)))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws `[n, D]`, of every Gaussian in turn."""
