@@ -36,15 +36,17 @@ class AnnealedConfig:
     """One cycle: `chains` particles, each `mcmc_steps` bridges with a MALA step on each, then resampled by weight.
 
     The Gaussian that they start from has the seeds' mean, and per coordinate `broadening` times their standard
-    deviation, or `min_std` if that is more; a target with narrow features (`Target.noise_range`) has narrower ones
-    beside it (`GaussianBase.around`). Bridge k is at β = (k / mcmc_steps)^`power`. Particles are resampled on
-    the way too, where their effective sample size falls below the fraction `resample_below` (0: never).
+    deviation, or `min_std` if that is more. With `cores` a target that has a `noise_range` has narrower ones beside it
+    (`GaussianBase.around`), which reach what is narrow whether or not the policy can follow. Bridge k is at
+    β = (k / mcmc_steps)^`power`. Particles are resampled on the way too, where their effective sample size falls below
+    the fraction `resample_below` (0: never).
     """
 
     chains: int = 300
     mcmc_steps: int = 200
     broadening: float = 1.5
     min_std: float = 2.0
+    cores: bool = False
     power: float = 3.0
     resample_below: float = 0.5
     initial_step_size: float = 0.01
@@ -89,8 +91,11 @@ class GaussianBase:
         return cls(torch.stack([mean, median, median]), stds.maximum(wide.clamp_max(narrowest)))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws `[n, D]`, of every Gaussian in turn."""
-        mean, which = self.mean, torch.arange(n, device=self.mean.device) % len(self.mean)
+        """n draws `[n, D]`, of every Gaussian in turn, the first by chance."""
+        mean, which = self.mean, torch.arange(n, device=self.mean.device)
+        if len(mean) > 1:
+            which += torch.randint(len(mean), (1,), generator=generator, device=mean.device)
+        which %= len(mean)
         noise = torch.randn(n, mean.shape[1], generator=generator, device=mean.device, dtype=mean.dtype)
         return mean[which] + self.std[which] * noise
 
@@ -228,7 +233,7 @@ def run_annealed(
     seeds = seeds[target.log_reward(seeds).isfinite()]
     if not len(seeds):
         return gather(seeds, [], step_size, [])
-    narrowest = None if target.noise_range is None else math.sqrt(target.noise_range[1])
+    narrowest = math.sqrt(target.noise_range[1]) if config.cores and target.noise_range else None
     base = GaussianBase.around(seeds, config.broadening, config.min_std, narrowest)
     annealed = anneal(base, len(seeds), target, config, step_size, generator)
     state = annealed.state

@@ -78,6 +78,7 @@ class SlotMemory:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            self._view = memoryview(b"")
 
     def _places(self, slot: int, payload: Payload) -> list[tuple[int, int]]:
         places, offset = [], slot * self._stride
@@ -103,8 +104,9 @@ class MappedMemory:
             raise OSError(f"{path} is not the memory that was announced")
         own = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._size = os.fstat(own).st_size
+            # In this order: what is sealed keeps at least the size that is read then.
             sealed = fcntl.fcntl(own, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            self._size = os.fstat(own).st_size
             if not sealed or not 0 < self._size <= MAX_MEMORY_BYTES:
                 raise OSError(f"{path} may shrink, or has {self._size} bytes: expected 1 to {MAX_MEMORY_BYTES}")
             self._view = memoryview(mmap.mmap(own, self._size))

@@ -290,7 +290,7 @@ class StreamServer:
         known = self._memories.pop(identity, None)
         try:
             self._memories[identity] = known if known and known.address == address else MappedMemory(address)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             logger.debug("no shared memory with %s: %s", self._name(identity), error)
 
     def _take_batch(self, batch: Message) -> None:

@@ -113,6 +113,7 @@ class Learner:
         self.limiter = RateLimiter(replay.ratio, replay.minimum)
         self._log_z_started = False
         self._guided_at = 0
+        self._lesson: Metrics = {}  # the teacher's figures from a batch that was no step of the student's
         self.step = 0
         self.skipped = 0
         self.rejected = 0
@@ -139,7 +140,7 @@ class Learner:
         known = self.replay if len(self.replay) else self.terminals
         novelty = self.statistics.novelty(kind, states[:, -1], known)
         paths = Paths(states, batch["times"][0], log_reward, batch.get("scores", None))
-        if kind == TEACHER and self.teacher is not None and self._learns_ends_of(self.teacher, progress):
+        if self.teacher is not None and kind == TEACHER and self._learns_ends(self.teacher, progress):
             metrics: Metrics | None = None
             residual: Tensor | None = self._teach(self.teacher, paths, progress)
         else:
@@ -155,16 +156,21 @@ class Learner:
         return metrics
 
     @staticmethod
-    def _learns_ends_of(teacher: Teacher, progress: float) -> bool:
+    def _learns_ends(teacher: Teacher, progress: float) -> bool:
         return teacher.config.student_learns == "ends" and teacher.guides(progress)
+
+    def needs_replay(self, progress: float) -> bool:
+        """Whether fresh batches, or some, are not trained on, and there is not enough to replay yet."""
+        ends = self.teacher is not None and self._learns_ends(self.teacher, progress)
+        return (self.objective.replay_only or ends) and len(self.replay) < self.limiter.minimum
 
     def _teach(self, teacher: Teacher, paths: Paths, progress: float) -> Tensor:
         """Let the teacher learn from paths of its own, on which the student is not trained; the student's residuals."""
         log_weight = self.log_weight(paths)
         self.start_log_z(log_weight)
         residual = log_weight - self.log_z.detach()
-        if teacher.due(self.step, progress):
-            teacher.learn(paths, residual, progress)
+        if teacher.due(progress):
+            self._lesson = teacher.learn(paths, residual, progress)
         return residual
 
     def _learn_fresh(self, paths: Paths, progress: float) -> tuple[Metrics | None, Tensor | None]:
@@ -248,7 +254,9 @@ class Learner:
             if share:
                 gradients = [self._gradient(self._loss(part)[0]) for part in parts]
                 extra["train/grad_variance"] = gradient_variance(gradients)
-        if self.teacher is not None and residual is not None and self.teacher.due(self.step, progress):
+        extra |= self._lesson
+        self._lesson = {}
+        if self.teacher is not None and residual is not None and self.teacher.due(progress):
             extra |= self.teacher.learn(paths, residual, progress)
         return self._descend(loss, progress) | extra, residual
 

@@ -156,8 +156,9 @@ class TrainingLoop:
         """Hand out seeds when a cycle is due, and take in what refiners sent."""
         learner, source = self.learner, self.source
         # What is trained on replay alone makes no step, and no cycle falls due, until there is enough of it.
-        starved = learner.objective.replay_only and len(learner.replay) < learner.limiter.minimum
-        if (starved or learner.step >= self._refine_at) and source.offer_seeds(learner.draw_seeds, learner.step):
+        if (learner.needs_replay(self.progress) or learner.step >= self._refine_at) and source.offer_seeds(
+            learner.draw_seeds, learner.step
+        ):
             self._refine_at = learner.step + self.refine_every
         for terminal, log_reward in source.refined():
             learner.refined.add(terminal, log_reward)

@@ -24,10 +24,10 @@ class TeacherConfig:
     """What the teacher is rewarded for, and how fast it learns.
 
     Its log reward is log R_T + `alpha` log R, where R_T grows with the student's squared residual, `weight` times as
-    much where the student samples too little. It learns at every `every`-th step of the learner (which should share no
-    factor with the turns of fresh and replayed batches, or it sees one of them only), and `rate_factor` multiplies the
-    student's learning rate. It guides up to the fraction `until` of training: from there on it learns no
-    more, and its actors roll the student out.
+    much where the student samples too little. It learns from every `every`-th batch of the learner's (which should
+    share no factor with the turns of fresh and replayed batches, or it sees one of them only), and `rate_factor`
+    multiplies the student's learning rate. It guides up to the fraction `until` of training: from there on it learns
+    no more, and its actors roll the student out.
 
     The student is trained on its `paths`, as published, or learns only where they `end`: what is replayed, or refined
     before, comes from there too. Beside local search the latter costs the student nothing, while paths that lead to
@@ -44,7 +44,7 @@ class TeacherConfig:
     student_learns: Lesson = "paths"
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "teacher.every", self.every, "at least 1 learner step")
+        require(self.every >= 1, "teacher.every", self.every, "at least 1 batch")
         require(0 < self.until <= 1, "teacher.until", self.until, "a fraction of training in (0, 1]")
         lesson, lessons = self.student_learns, get_args(Lesson)
         require(lesson in lessons, "teacher.student_learns", lesson, f"one of {', '.join(lessons)}")
@@ -76,15 +76,17 @@ class Teacher:
         self.log_z = nn.Parameter(torch.zeros((), device=next(policy.parameters()).device))
         self.optimizer = Optimizer(policy, self.log_z, teacher_optim(config, optim))
         self.started = False
+        self.seen = 0
         self.skipped = 0
 
     def guides(self, progress: float) -> bool:
         """Whether its actors roll it out, when the fraction `progress` of training is done."""
         return progress < self.config.until
 
-    def due(self, step: int, progress: float) -> bool:
-        """Whether it learns at this step of the learner."""
-        return step % self.config.every == 0 and self.guides(progress)
+    def due(self, progress: float) -> bool:
+        """Whether it learns from the learner's next batch, which is counted."""
+        self.seen += 1
+        return (self.seen - 1) % self.config.every == 0 and self.guides(progress)
 
     def learn(self, paths: Paths, residual: Tensor, progress: float) -> Metrics:
         """Update from whole trajectories [B] with the student's residual on each, [B], as a constant."""
@@ -108,13 +110,14 @@ class Teacher:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Groups of tensors from which `load_state` goes on exactly."""
-        started = torch.tensor(self.started)
+        started, seen = torch.tensor(self.started), torch.tensor(self.seen)
         return {
             "teacher": {name: value.detach() for name, value in self.policy.state_dict().items()},
             "teacher_optimizer": {
                 **self.optimizer.state_dict(),
                 "log_z": self.log_z.detach(),
                 "started": started,
+                "seen": seen,
             },
         }
 
@@ -124,6 +127,7 @@ class Teacher:
         optimizer = dict(groups["teacher_optimizer"])
         self.log_z.data.copy_(optimizer.pop("log_z"))
         self.started = bool(optimizer.pop("started"))
+        self.seen = int(optimizer.pop("seen", torch.tensor(0)))
         self.optimizer.load_state_dict(optimizer)
 
 

@@ -148,6 +148,47 @@ def test_a_student_may_learn_where_the_teachers_paths_end_and_not_the_paths() ->
         assert learner.learn_fresh(batch, progress, kind) is not None
 
 
+@pytest.mark.parametrize("method", ["teacher+ls", "teacher+lp+ls"])
+def test_every_kind_of_batch_teaches_the_teacher(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_method(method).config
+    policy = replace(config.policy, hidden=8, harmonics=4)
+    config = replace(config, target="gmm9", policy=policy, grid=replace(config.grid, sampling_steps=4))
+    learner = build_learner(resolve(replace(config, learner=replace(config.learner, batch_size=4))), seed=0)
+    assert learner.teacher is not None
+    actors = build_local_actors(resolve(config), learner, [5, 6, 7])
+    batches = [(actor.kind, actor.generate(0.0)[:4]) for actor in actors]
+    learner.refined.add(batches[0][1]["states"][:, -1], batches[0][1]["log_reward"])
+    lessons: dict[str, int] = {}
+    monkeypatch.setattr(Teacher, "learn", lambda *_: lessons.update({turn: lessons.get(turn, 0) + 1}) or {})
+    for n in range(60):
+        kind, batch = batches[n // 2 % 3]
+        turn = "replay" if n % 2 else kind
+        if turn == "replay":
+            learner.learn_replayed(0.0)
+        else:
+            learner.learn_fresh(batch, 0.0, kind)
+    assert lessons == {"explore": 4, "teacher": 2, "replay": 6}
+
+
+def test_a_saved_teacher_knows_what_it_has_seen() -> None:
+    first, second = make(teacher=TeacherConfig(every=5)), make(teacher=TeacherConfig(every=5))
+    batch = rollout(first.policy, first.process, first.target, uniform_grid(6), 4, exploration_std=1.0)
+    for _ in range(3):
+        first.learn_fresh(batch, 0.0)
+    second.load_state(*first.state())
+    learned = ["teacher/loss" in (second.learn_fresh(batch, 0.0) or {}) for _ in range(3)]
+    assert learned == [False, False, True]
+
+
+def test_a_run_of_teachers_alone_asks_for_seeds_until_there_is_something_to_replay() -> None:
+    learner = make(teacher=TeacherConfig(until=0.5, student_learns="ends"))
+    assert learner.needs_replay(0.49)
+    assert not learner.needs_replay(0.5)
+    batch = rollout(learner.policy, learner.process, learner.target, uniform_grid(6), 300, exploration_std=1.0)
+    learner.learn_fresh(batch, 0.0, "teacher")
+    assert not learner.needs_replay(0.49)
+
+
 def test_a_student_that_learns_ends_needs_replay() -> None:
     method = load_method("teacher").config
     config = replace(method, target="gmm9", teacher=TeacherConfig(student_learns="ends"))
