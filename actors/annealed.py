@@ -101,14 +101,18 @@ class GaussianBase:
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised log density `[...]` and its gradient `[..., D]` at x `[..., D]`."""
-        standard = (x.unsqueeze(-2) - self.mean) / self.std
-        each = -(0.5 * standard.square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+        standard, each = self._each(x)
         share = each.softmax(-1).unsqueeze(-1)
         return each.logsumexp(-1) - math.log(len(self.mean)), -(share * standard / self.std).sum(-2)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Normalised log density: x `[..., D]` -> `[...]`."""
-        return self.log_prob_and_score(x)[0]
+        return self._each(x)[1].logsumexp(-1) - math.log(len(self.mean))
+
+    def _each(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Standardised x `[..., K, D]` and log density `[..., K]` of every Gaussian."""
+        standard = (x.unsqueeze(-2) - self.mean) / self.std
+        return standard, -(0.5 * standard.square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def bridge(state: MalaState, base: GaussianBase, beta: float) -> tuple[Tensor, Tensor]:

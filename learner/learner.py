@@ -169,8 +169,7 @@ class Learner:
         log_weight = self.log_weight(paths)
         self.start_log_z(log_weight)
         residual = log_weight - self.log_z.detach()
-        if teacher.due(progress):
-            self._lesson = teacher.learn(paths, residual, progress)
+        self._lesson |= teacher.take(paths, residual, progress)
         return residual
 
     def _learn_fresh(self, paths: Paths, progress: float) -> tuple[Metrics | None, Tensor | None]:
@@ -256,8 +255,8 @@ class Learner:
                 extra["train/grad_variance"] = gradient_variance(gradients)
         extra |= self._lesson
         self._lesson = {}
-        if self.teacher is not None and residual is not None and self.teacher.due(progress):
-            extra |= self.teacher.learn(paths, residual, progress)
+        if self.teacher is not None and residual is not None:
+            extra |= self.teacher.take(paths, residual, progress)
         return self._descend(loss, progress) | extra, residual
 
     def _loss(self, paths: Paths) -> tuple[Tensor, Tensor | None]:

@@ -156,9 +156,8 @@ class TrainingLoop:
         """Hand out seeds when a cycle is due, and take in what refiners sent."""
         learner, source = self.learner, self.source
         # What is trained on replay alone makes no step, and no cycle falls due, until there is enough of it.
-        if (learner.needs_replay(self.progress) or learner.step >= self._refine_at) and source.offer_seeds(
-            learner.draw_seeds, learner.step
-        ):
+        due = learner.step >= self._refine_at or learner.needs_replay(self.progress)
+        if due and source.offer_seeds(learner.draw_seeds, learner.step):
             self._refine_at = learner.step + self.refine_every
         for terminal, log_reward in source.refined():
             learner.refined.add(terminal, log_reward)

@@ -29,9 +29,9 @@ class TeacherConfig:
     multiplies the student's learning rate. It guides up to the fraction `until` of training: from there on it learns
     no more, and its actors roll the student out.
 
-    The student is trained on its `paths`, as published, or learns only where they `end`: what is replayed, or refined
-    before, comes from there too. Beside local search the latter costs the student nothing, while paths that lead to
-    where it has no business leave it slower to train for good.
+    `student_learns` says whether the student is trained on the teacher's `paths`, as published, or only on what is
+    replayed, or refined before, from their `ends`. Beside local search the ends are enough, and cost it nothing;
+    trained on the paths it learns more slowly for good.
     """
 
     alpha: float = 0.5
@@ -83,10 +83,11 @@ class Teacher:
         """Whether its actors roll it out, when the fraction `progress` of training is done."""
         return progress < self.config.until
 
-    def due(self, progress: float) -> bool:
-        """Whether it learns from the learner's next batch, which is counted."""
+    def take(self, paths: Paths, residual: Tensor, progress: float) -> Metrics:
+        """Learn from a batch of the learner's if it is its turn: the metrics of `learn` then, none otherwise."""
+        due = self.seen % self.config.every == 0 and self.guides(progress)
         self.seen += 1
-        return (self.seen - 1) % self.config.every == 0 and self.guides(progress)
+        return self.learn(paths, residual, progress) if due else {}
 
     def learn(self, paths: Paths, residual: Tensor, progress: float) -> Metrics:
         """Update from whole trajectories [B] with the student's residual on each, [B], as a constant."""
