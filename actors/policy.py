@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from driftstream.actors.fused import Layer, StepNetwork, is_plain, joint_network
 from driftstream.envs.errors import require
+from driftstream.envs.processes import DiffusionProcess
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,11 @@ class PolicyConfig:
     """Shape of the networks, and which of them there are.
 
     `learned_variance = None` is resolved from the target's dimension. `langevin_scale` says whether the score's
-    factor of Langevin policies is one number a time, or one a dimension. With `learned_backward`, P_B's contraction
-    and variance are multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the objectives
-    that balance flows, and `auto` is resolved from the objective; a `forward_looking` flow starts from the target
-    (log rewards below -`reward_clip` are raised to it there).
+    factor of Langevin policies is one number a time, or one a dimension. With `precondition` the network's drift is in
+    units of the process's `drift_scale`, which grows as the noise that is left falls. With `learned_backward`, P_B's
+    contraction and variance are multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the
+    objectives that balance flows, and `auto` is resolved from the objective; a `forward_looking` flow starts from the
+    target (log rewards below -`reward_clip` are raised to it there).
     """
 
     hidden: int = 64
@@ -30,6 +32,7 @@ class PolicyConfig:
     langevin_scale: Literal["dimension", "scalar"] = "dimension"
     score_clip: float = 100.0
     drift_clip: float = 1e4
+    precondition: bool = False
     learned_backward: bool = False
     backward_scale: float = 0.1
     state_flow: Literal["auto", "none", "plain", "forward_looking"] = "auto"
@@ -111,15 +114,21 @@ class StateTimeNet(nn.Module):
 class TimeEmbedding:
     """What the forward policy needs of the times alone, computed once per grid and sliced per step.
 
-    `hidden [T, H]` enters the drift network; `langevin_scale [T, D or 1]` multiplies the clipped score (LP only).
+    `hidden [T, H]` enters the drift network; `langevin_scale [T, D or 1]` multiplies the clipped score (LP only), and
+    `drift_scale [T, 1]` the network's drift (with preconditioning only).
     """
 
     hidden: Tensor
     langevin_scale: Tensor | None
+    drift_scale: Tensor | None
 
     def __getitem__(self, index: int | Tensor) -> "TimeEmbedding":
-        scale = self.langevin_scale
-        return TimeEmbedding(self.hidden[index], None if scale is None else scale[index])
+        langevin, drift = self.langevin_scale, self.drift_scale
+        return TimeEmbedding(
+            self.hidden[index],
+            None if langevin is None else langevin[index],
+            None if drift is None else drift[index],
+        )
 
 
 class DiffusionPolicy(nn.Module):
@@ -129,7 +138,11 @@ class DiffusionPolicy(nn.Module):
     gains NN2(t) * clip(score), NN2 a three-layer network of its own time features with zero weights and bias 0.01
     in its last layer. With `learned_variance` v = range * tanh(raw), else v is None (zero).
 
-    Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C.
+    Towards the end of time what is left of the noise must be removed in ever less time: drifts there are hundreds of
+    times as large as at first, where the noise falls steeply. With `precondition` the network need not learn that.
+
+    Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C; for
+    preconditioning Karras et al. 2022 (arXiv 2206.00364), section 5.
     """
 
     flow_level: Tensor | None
@@ -158,10 +171,15 @@ class DiffusionPolicy(nn.Module):
         # The learner's log Z, at which flows start: the network learns what is left of them.
         self.register_buffer("flow_level", torch.zeros(()) if has_flow else None)
 
-    def embed_times(self, t: Tensor) -> TimeEmbedding:
-        """Embedding of the times `t [T]` at which steps start."""
-        scale = self.langevin_net(self.langevin_features(t)) if self.langevin else None
-        return TimeEmbedding(self.forward_net.embed(t), scale)
+    def embed_times(self, t: Tensor, process: DiffusionProcess | None = None) -> TimeEmbedding:
+        """Embedding of the times `t [T]` < 1 at which steps of `process` start (needed with preconditioning)."""
+        langevin_scale = self.langevin_net(self.langevin_features(t)) if self.langevin else None
+        drift_scale = None
+        if self.config.precondition:
+            if process is None:
+                raise ValueError("policy.precondition = true: the policy's times need the process")
+            drift_scale = process.drift_scale(t.double()).to(t.dtype).unsqueeze(-1)
+        return TimeEmbedding(self.forward_net.embed(t), langevin_scale, drift_scale)
 
     def forward(self, x: Tensor, embedding: TimeEmbedding, score: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Drift and log-variance offset at states `x`.
@@ -174,24 +192,21 @@ class DiffusionPolicy(nn.Module):
         Returns:
             `(drift [..., D], log_var [..., D] or None)`. Gradients flow to the parameters, to `x` and to `score`.
         """
-        return self.drift(self.forward_net(x, embedding.hidden), embedding.langevin_scale, score)
+        return self.drift(self.forward_net(x, embedding.hidden), embedding, score)
 
-    def drift(
-        self, out: Tensor, langevin_scale: Tensor | None, score: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """`forward` from the output `out [..., outputs]` of `forward_net`, and the embedding's `langevin_scale`.
-
-        `out` may be overwritten.
-        """
+    def drift(self, out: Tensor, embedding: TimeEmbedding, score: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`forward` from the output `out [..., outputs]` of `forward_net`, which may be overwritten."""
         drift, log_var = out, None
         if self.learned_variance:
             drift, raw = out.chunk(2, dim=-1)
             log_var = self.config.log_var_range * raw.tanh()
+        if embedding.drift_scale is not None:
+            drift = drift * embedding.drift_scale
         if self.langevin:
-            if score is None or langevin_scale is None:
+            if score is None or embedding.langevin_scale is None:
                 raise ValueError("policy.langevin = true: the policy needs the score of the target at x")
             clip = self.config.score_clip
-            drift = torch.addcmul(drift, langevin_scale, score.clamp(-clip, clip))
+            drift = torch.addcmul(drift, embedding.langevin_scale, score.clamp(-clip, clip))
         return _clip(drift, self.config.drift_clip), log_var
 
     def backward_factors(self, x: Tensor, embedding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

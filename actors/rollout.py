@@ -62,20 +62,19 @@ def roll_forward(
         uses them, else None. Log rewards are not evaluated. No gradient.
     """
     sampling_steps, (batch_size, dim) = len(times) - 1, start.shape
-    embedding = policy.embed_times(times[:-1])
+    embedding = policy.embed_times(times[:-1], process)
     network = policy.forward_net.by_steps(embedding.hidden, batch_size)
     states = times.new_empty(batch_size, sampling_steps + 1, dim)
     scores = times.new_empty(batch_size, sampling_steps, dim) if policy.langevin else None
-    scales = None if embedding.langevin_scale is None else embedding.langevin_scale.unbind()
-    score = scale = None
+    score = None
     noise = start.new_empty(batch_size, dim)
     x, columns = start, states.unbind(1)
     columns[0].copy_(x)
     for n, step in enumerate(process.steps(times)):
-        if scores is not None and scales is not None:
-            score, scale = target.score(x), scales[n]
+        if scores is not None:
+            score = target.score(x)
             scores[:, n] = score
-        drift, log_var = policy.drift(network(x, n), scale, score)
+        drift, log_var = policy.drift(network(x, n), embedding[n], score)
         noise.normal_(generator=generator)
         if (drift_scale, noise_scale) != (1.0, 1.0):
             drift, step = drift_scale * drift, step._replace(variance=noise_scale * step.variance)
@@ -134,7 +133,7 @@ def score_trajectories(
 
     Source: Sendera et al. 2024 (arXiv 2402.05098), section 2.
     """
-    forward, backward = policy.embed_times(times[:-1]), policy.embed_backward(times[1:])
+    forward, backward = policy.embed_times(times[:-1], process), policy.embed_backward(times[1:])
     kernels = process.kernels_like(times, states)
     if index is not None:
         times, kernels = times[index], Kernels(*(part[index[:, :-1]] for part in kernels))

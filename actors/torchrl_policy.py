@@ -30,7 +30,8 @@ class TransitionHead(nn.Module):
         kernels = self.process.kernels_like(self.times, self.times)
         keep, gain, variance = (part[start].unsqueeze(-1) for part in kernels[:3])
         score = self.target.score(state) if self.policy.langevin else None
-        drift, log_var = self.policy(state, self.policy.embed_times(self.times[:-1])[start], score)
+        embedding = self.policy.embed_times(self.times[:-1], self.process)
+        drift, log_var = self.policy(state, embedding[start], score)
         if log_var is not None:
             variance = variance * log_var.exp()
         return keep * state + gain * drift, variance.sqrt().expand_as(state)

@@ -90,6 +90,14 @@ class DiffusionProcess(ABC):
     def log_reference(self, states: Tensor, times: Tensor) -> Tensor:
         """Log density of the uncontrolled process at states [..., N, D] and times [..., N] > 0 -> [..., N]."""
 
+    @abstractmethod
+    def drift_scale(self, times: Tensor) -> Tensor:
+        """How large a drift is usual at `times` [...] < 1 -> [...].
+
+        It is the rate of variance over the deviation of the noise that is left, which a drift of that size, kept up
+        for the rest of the time, moves a state by.
+        """
+
     def kernels_like(self, times: Tensor, like: Tensor) -> Kernels:
         """The kernels of `times`, computed in float64, in the dtype of `like`: float32 steps would round them."""
         return Kernels(*(part.to(like.dtype) for part in self.kernels(times.double())))
@@ -254,6 +262,9 @@ class BrownianProcess(DiffusionProcess):
         variance = self.diffusion_variance * dt
         return Kernels(torch.ones_like(dt), dt, variance, back, variance * back)
 
+    def drift_scale(self, times: Tensor) -> Tensor:
+        return (self.diffusion_variance / (1.0 - self.clock(times))).sqrt()
+
     def log_reference(self, states: Tensor, times: Tensor) -> Tensor:
         variance = self.diffusion_variance * self.clock(times)
         return log_normal(states.square().sum(-1), variance, states.shape[-1])
@@ -318,6 +329,10 @@ class OrnsteinUhlenbeckProcess(DiffusionProcess):
         variance = self.prior_std**2 * spent
         shrink = 1.0 - 0.5 * spent
         return Kernels(shrink, spent / self.noise, variance, shrink, variance)
+
+    def drift_scale(self, times: Tensor) -> Tensor:
+        left = self.noise * (1.0 - clock(times, self.schedule, self.schedule_ratio))
+        return self.prior_std * self.noise / (-torch.expm1(-left)).sqrt()
 
     def log_reference(self, states: Tensor, times: Tensor) -> Tensor:
         return self.log_prior(states)

@@ -30,11 +30,12 @@ PROCESSES: dict[str, DiffusionProcess] = {
 POLICIES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"drift_clip": 0.5},
+    "preconditioned": {"precondition": True},
     "learned variance": {"learned_variance": True},
     "learned backward": {"learned_backward": True, "backward_scale": 0.5},
     "langevin by dimension": {"langevin": True, "score_clip": 5.0},
     "langevin scalar": {"langevin": True, "langevin_scale": "scalar"},
-    "all": {"learned_variance": True, "learned_backward": True, "langevin": True},
+    "all": {"learned_variance": True, "learned_backward": True, "langevin": True, "precondition": True},
 }
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 every_policy = pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES.keys())

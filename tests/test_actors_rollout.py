@@ -41,7 +41,7 @@ def grid(kind: str, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("exploration_std", [0.0, 1.5])
 @pytest.mark.parametrize("kind", ["uniform", "random"])
-@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True, "precondition": True}], ids=str)
 @pytest.mark.parametrize("name", ["gmm25", "manywell"])
 def test_rollout_equals_the_environments(
     name: str, options: dict[str, bool], kind: str, exploration_std: float
@@ -67,7 +67,9 @@ def test_rollout_equals_the_environments(
 
 @pytest.mark.parametrize("exploration_std", [0.0, 1.5])
 @pytest.mark.parametrize(
-    "options", [{"learned_variance": True}, {"langevin": True, "langevin_scale": "scalar"}], ids=str
+    "options",
+    [{"learned_variance": True, "precondition": True}, {"langevin": True, "langevin_scale": "scalar"}],
+    ids=str,
 )
 @every_process
 def test_rollouts_of_every_process_equal_the_environments(
@@ -149,7 +151,7 @@ def test_backward_rollouts_of_a_learned_policy_follow_its_densities(process: Dif
 
 
 @pytest.mark.parametrize("kind", ["uniform", "random"])
-@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True, "precondition": True}], ids=str)
 def test_scorer_equals_the_transition_densities_step_by_step(options: dict[str, bool], kind: str) -> None:
     target = make_target("manywell", dim=4)
     process = BrownianProcess(1.7)
@@ -161,7 +163,7 @@ def test_scorer_equals_the_transition_densities_step_by_step(options: dict[str, 
     for n in range(6):
         dt = float(times[n + 1] - times[n])
         x, after = states[:, n], states[:, n + 1]
-        drift, log_var = policy(x, policy.embed_times(times[n : n + 1])[0], target.score(x))
+        drift, log_var = policy(x, policy.embed_times(times[n : n + 1], process)[0], target.score(x))
         std = math.sqrt(1.7 * dt) * (torch.ones_like(x) if log_var is None else (0.5 * log_var).exp())
         forward = torch.distributions.Normal(x + drift * dt, std).log_prob(after).sum(-1)
         torch.testing.assert_close(log_pf[:, n], forward)
@@ -185,6 +187,25 @@ def test_segments_are_scored_as_parts_of_their_paths(process: DiffusionProcess) 
     parts = score_trajectories(policy, process, states[row, index], times, scores[row, index[:, :-1]], index)
     for part, all_steps in zip(parts, whole, strict=True):
         torch.testing.assert_close(part, all_steps[row, index[:, :-1]])
+
+
+@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True}], ids=str)
+def test_preconditioning_scales_the_networks_drift_and_nothing_else(options: dict[str, bool]) -> None:
+    process, times, x = BrownianProcess(1.7, "geometric", 100.0), grid("random", 6), torch.randn(5, 6, 4)
+    plain, scaled = make_policy(4, **options), make_policy(4, precondition=True, **options)
+    score = torch.randn(5, 6, 4)
+    without, _ = plain(x, plain.embed_times(times[:-1]), torch.zeros_like(score))
+    drift, log_var = scaled(x, scaled.embed_times(times[:-1], process), score)
+    expected, expected_log_var = plain(x, plain.embed_times(times[:-1]), score)
+    factor = process.drift_scale(times[:-1]).unsqueeze(-1)
+    assert factor.max() > 5 * factor.min()
+    torch.testing.assert_close(drift, factor * without + (expected - without), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_var, expected_log_var)
+
+
+def test_a_preconditioned_policy_must_know_the_process() -> None:
+    with pytest.raises(ValueError, match=r"policy\.precondition = true: the policy's times need the process"):
+        make_policy(4, precondition=True).embed_times(grid("uniform", 6))
 
 
 def test_exploration_widens_the_paths_and_not_the_score() -> None:

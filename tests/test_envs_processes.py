@@ -294,6 +294,20 @@ def test_single_steps_are_those_of_the_kernels(process: DiffusionProcess) -> Non
         torch.testing.assert_close(process.step_back(x, step, z, mean, variance), learned)
 
 
+@every_process
+def test_the_scale_of_drifts_is_the_rate_of_variance_over_the_deviation_left(process: DiffusionProcess) -> None:
+    assert isinstance(process, BrownianProcess | OrnsteinUhlenbeckProcess)
+    times = grid("random", 7)[:-1]
+    for time, scale in zip(times.tolist(), process.drift_scale(times).tolist(), strict=True):
+        left = 1.0 - spent_share(time, process.schedule, process.schedule_ratio)
+        if isinstance(process, BrownianProcess):
+            rate, variance = process.diffusion_variance, process.diffusion_variance * left
+        else:
+            rate = process.prior_std**2 * process.noise
+            variance = process.prior_std**2 * (1.0 - math.exp(-process.noise * left))
+        assert scale == pytest.approx(rate / math.sqrt(variance), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["brownian cosine", "dds", "dds cosine"])
 def test_the_reference_is_the_law_of_the_uncontrolled_process(name: str) -> None:
     process, times = PROCESSES[name], grid("random", 5)

@@ -124,7 +124,7 @@ def naive_terms(
         x, y = paths.states[row, n], paths.states[row, n + 1]
         before, after = paths.times[index[n]].reshape(1), paths.times[index[n + 1]].reshape(1)
         step = naive_step(process, points[index[n]], points[index[n + 1]])
-        drift, log_var = policy(x, policy.embed_times(before)[0], target.score(x))
+        drift, log_var = policy(x, policy.embed_times(before, process)[0], target.score(x))
         scale = math.sqrt(step.variance) * (torch.ones(DIM).double() if log_var is None else (log_var / 2).exp())
         log_p = log_normal(y, step.keep * x + step.gain * drift, scale)
         if index[n] == 0 and process.prior_std:
@@ -342,7 +342,7 @@ class OptimalPolicy:
         self.moments = torch.tensor([means, variances], dtype=torch.float64).T
         self.flow_net = SimpleFlow(self)
 
-    def embed_times(self, t: Tensor) -> Tensor:
+    def embed_times(self, t: Tensor, process: DiffusionProcess | None = None) -> Tensor:
         return self.coefficients[torch.searchsorted(self.times, t)]
 
     def __call__(self, x: Tensor, embedding: Tensor, score: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "plain": {},
     "learned variance": {"learned_variance": True},
     "learned backward": {"learned_backward": True, "backward_scale": 0.5},
-    "langevin": {"langevin": True},
+    "langevin": {"langevin": True, "precondition": True},
     "all": {"learned_variance": True, "learned_backward": True, "langevin": True, "langevin_scale": "scalar"},
 }
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
@@ -104,7 +104,7 @@ def naive_log_weight(
     states, scores = [x], []
     for n in range(STEPS):
         scores.append(target.score(x.detach() if detach_score else x))
-        drift, log_var = policy(x, policy.embed_times(times[n : n + 1])[0], scores[-1])
+        drift, log_var = policy(x, policy.embed_times(times[n : n + 1], process)[0], scores[-1])
         std = variance[n].sqrt() * (torch.ones_like(x) if log_var is None else (0.5 * log_var).exp())
         x = keep[n] * x + gain[n] * drift + std * noise[n]
         states.append(x)
