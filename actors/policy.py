@@ -11,17 +11,20 @@ from driftstream.actors.fused import Layer, StepNetwork, is_plain, joint_network
 from driftstream.envs.errors import require
 from driftstream.envs.processes import DiffusionProcess
 
+PULL_RANGE = 4.0
+"""Preconditioning measures a state in deviations of the noise that is left, and beyond so many by their logarithm."""
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
     """Shape of the networks, and which of them there are.
 
     `learned_variance = None` is resolved from the target's dimension. `langevin_scale` says whether the score's
-    factor of Langevin policies is one number a time, or one a dimension. With `precondition` the network's drift is in
-    units of the process's `drift_scale`, which grows as the noise that is left falls. With `learned_backward`, P_B's
-    contraction and variance are multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the
-    objectives that balance flows, and `auto` is resolved from the objective; a `forward_looking` flow starts from the
-    target (log rewards below -`reward_clip` are raised to it there).
+    factor of Langevin policies is one number a time, or one a dimension. With `precondition` its drift is
+    measured by the noise that is left (`DiffusionPolicy`). With `learned_backward`, P_B's contraction and variance are
+    multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the objectives that balance flows, and
+    `auto` is resolved from the objective; a `forward_looking` flow starts from the target (log rewards below
+    -`reward_clip` are raised to it there).
     """
 
     hidden: int = 64
@@ -114,21 +117,27 @@ class StateTimeNet(nn.Module):
 class TimeEmbedding:
     """What the forward policy needs of the times alone, computed once per grid and sliced per step.
 
-    `hidden [T, H]` enters the drift network; `langevin_scale [T, D or 1]` multiplies the clipped score (LP only), and
-    `drift_scale [T, 1]` the network's drift (with preconditioning only).
+    `hidden [T, H]` enters the drift network; `langevin_scale [T, D or 1]` multiplies the clipped score (LP only). With
+    preconditioning, `noise_left [T, 1]` measures states, and `drift_scale [T, 1]` is the network's unit of drifts.
     """
 
     hidden: Tensor
-    langevin_scale: Tensor | None
-    drift_scale: Tensor | None
+    langevin_scale: Tensor | None = None
+    noise_left: Tensor | None = None
+    drift_scale: Tensor | None = None
 
     def __getitem__(self, index: int | Tensor) -> "TimeEmbedding":
-        langevin, drift = self.langevin_scale, self.drift_scale
-        return TimeEmbedding(
-            self.hidden[index],
-            None if langevin is None else langevin[index],
-            None if drift is None else drift[index],
-        )
+        return TimeEmbedding(self.hidden[index], *(None if part is None else part[index] for part in self._optional))
+
+    def unbind(self) -> list["TimeEmbedding"]:
+        """That of every time, for less than as many slices."""
+        hidden = self.hidden.unbind()
+        optional = [[None] * len(hidden) if part is None else part.unbind() for part in self._optional]
+        return [TimeEmbedding(*parts) for parts in zip(hidden, *optional, strict=True)]
+
+    @property
+    def _optional(self) -> tuple[Tensor | None, ...]:
+        return self.langevin_scale, self.noise_left, self.drift_scale
 
 
 class DiffusionPolicy(nn.Module):
@@ -138,11 +147,14 @@ class DiffusionPolicy(nn.Module):
     gains NN2(t) * clip(score), NN2 a three-layer network of its own time features with zero weights and bias 0.01
     in its last layer. With `learned_variance` v = range * tanh(raw), else v is None (zero).
 
-    Towards the end of time what is left of the noise must be removed in ever less time: drifts there are hundreds of
-    times as large as at first, where the noise falls steeply. With `precondition` the network need not learn that.
+    With `precondition` NN1 = σ²/r(t) (a + b φ(x / r(t))), where r is the deviation of the noise that is left, φ(y) is
+    c asinh(y / c), and c = `PULL_RANGE`. The networks a(x, t) and b(x, t) [D] so deal with numbers of order one at all
+    times, where drifts grow by orders of magnitude as r falls. With b = -1 a state is drawn to where the target is
+    narrower than r, and b may differ between places, as the target's width does.
 
-    Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C; for
-    preconditioning Karras et al. 2022 (arXiv 2206.00364), section 5.
+    Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C.
+    Preconditioning is after that of denoisers, which skip past the network too (Karras et al. 2022, arXiv 2206.00364,
+    section 5).
     """
 
     flow_level: Tensor | None
@@ -154,7 +166,8 @@ class DiffusionPolicy(nn.Module):
         self.config = config
         self.learned_variance = bool(config.learned_variance)
         self.langevin = config.langevin
-        self.forward_net = StateTimeNet(dim, dim * (2 if self.learned_variance else 1), hidden, harmonics)
+        outputs = dim * (1 + config.precondition + self.learned_variance)
+        self.forward_net = StateTimeNet(dim, outputs, hidden, harmonics)
         if self.langevin:
             self.langevin_features = TimeFeatures(harmonics)
             self.langevin_net = nn.Sequential(
@@ -174,12 +187,13 @@ class DiffusionPolicy(nn.Module):
     def embed_times(self, t: Tensor, process: DiffusionProcess | None = None) -> TimeEmbedding:
         """Embedding of the times `t [T]` < 1 at which steps of `process` start (needed with preconditioning)."""
         langevin_scale = self.langevin_net(self.langevin_features(t)) if self.langevin else None
-        drift_scale = None
-        if self.config.precondition:
-            if process is None:
-                raise ValueError("policy.precondition = true: the policy's times need the process")
-            drift_scale = process.drift_scale(t.double()).to(t.dtype).unsqueeze(-1)
-        return TimeEmbedding(self.forward_net.embed(t), langevin_scale, drift_scale)
+        hidden = self.forward_net.embed(t)
+        if not self.config.precondition:
+            return TimeEmbedding(hidden, langevin_scale)
+        if process is None:
+            raise ValueError("policy.precondition = true: the policy's times need the process")
+        left = process.noise_left(t.double()).to(t.dtype).unsqueeze(-1)
+        return TimeEmbedding(hidden, langevin_scale, left, process.noise_rate / left)
 
     def forward(self, x: Tensor, embedding: TimeEmbedding, score: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Drift and log-variance offset at states `x`.
@@ -192,16 +206,17 @@ class DiffusionPolicy(nn.Module):
         Returns:
             `(drift [..., D], log_var [..., D] or None)`. Gradients flow to the parameters, to `x` and to `score`.
         """
-        return self.drift(self.forward_net(x, embedding.hidden), embedding, score)
+        return self.drift(x, self.forward_net(x, embedding.hidden), embedding, score)
 
-    def drift(self, out: Tensor, embedding: TimeEmbedding, score: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def drift(
+        self, x: Tensor, out: Tensor, embedding: TimeEmbedding, score: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """`forward` from the output `out [..., outputs]` of `forward_net`, which may be overwritten."""
-        drift, log_var = out, None
-        if self.learned_variance:
-            drift, raw = out.chunk(2, dim=-1)
-            log_var = self.config.log_var_range * raw.tanh()
-        if embedding.drift_scale is not None:
-            drift = drift * embedding.drift_scale
+        drift, *others = out.split(self.dim, dim=-1)
+        log_var = self.config.log_var_range * others[-1].tanh() if self.learned_variance else None
+        if embedding.noise_left is not None and embedding.drift_scale is not None:
+            distance = (x / (PULL_RANGE * embedding.noise_left)).asinh()
+            drift = torch.addcmul(drift, others[0], distance, value=PULL_RANGE) * embedding.drift_scale
         if self.langevin:
             if score is None or embedding.langevin_scale is None:
                 raise ValueError("policy.langevin = true: the policy needs the score of the target at x")

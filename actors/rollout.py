@@ -63,7 +63,7 @@ def roll_forward(
     """
     sampling_steps, (batch_size, dim) = len(times) - 1, start.shape
     embedding = policy.embed_times(times[:-1], process)
-    network = policy.forward_net.by_steps(embedding.hidden, batch_size)
+    network, embeddings = policy.forward_net.by_steps(embedding.hidden, batch_size), embedding.unbind()
     states = times.new_empty(batch_size, sampling_steps + 1, dim)
     scores = times.new_empty(batch_size, sampling_steps, dim) if policy.langevin else None
     score = None
@@ -74,7 +74,7 @@ def roll_forward(
         if scores is not None:
             score = target.score(x)
             scores[:, n] = score
-        drift, log_var = policy.drift(network(x, n), embedding[n], score)
+        drift, log_var = policy.drift(x, network(x, n), embeddings[n], score)
         noise.normal_(generator=generator)
         if (drift_scale, noise_scale) != (1.0, 1.0):
             drift, step = drift_scale * drift, step._replace(variance=noise_scale * step.variance)

@@ -82,6 +82,11 @@ class DiffusionProcess(ABC):
 
     prior_std: float = 0.0
 
+    @property
+    @abstractmethod
+    def noise_rate(self) -> float:
+        """Variance of the noise per unit of the time that drifts act in."""
+
     @abstractmethod
     def kernels(self, times: Tensor) -> Kernels:
         """The kernels of the steps between `times` [..., T+1], in its dtype."""
@@ -91,12 +96,8 @@ class DiffusionProcess(ABC):
         """Log density of the uncontrolled process at states [..., N, D] and times [..., N] > 0 -> [..., N]."""
 
     @abstractmethod
-    def drift_scale(self, times: Tensor) -> Tensor:
-        """How large a drift is usual at `times` [...] < 1 -> [...].
-
-        It is the rate of variance over the deviation of the noise that is left, which a drift of that size, kept up
-        for the rest of the time, moves a state by.
-        """
+    def noise_left(self, times: Tensor) -> Tensor:
+        """Standard deviation of the noise that is to come between `times` [...] and t = 1 -> [...]."""
 
     def kernels_like(self, times: Tensor, like: Tensor) -> Kernels:
         """The kernels of `times`, computed in float64, in the dtype of `like`: float32 steps would round them."""
@@ -262,8 +263,12 @@ class BrownianProcess(DiffusionProcess):
         variance = self.diffusion_variance * dt
         return Kernels(torch.ones_like(dt), dt, variance, back, variance * back)
 
-    def drift_scale(self, times: Tensor) -> Tensor:
-        return (self.diffusion_variance / (1.0 - self.clock(times))).sqrt()
+    @property
+    def noise_rate(self) -> float:
+        return self.diffusion_variance
+
+    def noise_left(self, times: Tensor) -> Tensor:
+        return (self.diffusion_variance * (1.0 - self.clock(times))).sqrt()
 
     def log_reference(self, states: Tensor, times: Tensor) -> Tensor:
         variance = self.diffusion_variance * self.clock(times)
@@ -330,9 +335,13 @@ class OrnsteinUhlenbeckProcess(DiffusionProcess):
         shrink = 1.0 - 0.5 * spent
         return Kernels(shrink, spent / self.noise, variance, shrink, variance)
 
-    def drift_scale(self, times: Tensor) -> Tensor:
+    @property
+    def noise_rate(self) -> float:
+        return self.prior_std**2 * self.noise
+
+    def noise_left(self, times: Tensor) -> Tensor:
         left = self.noise * (1.0 - clock(times, self.schedule, self.schedule_ratio))
-        return self.prior_std * self.noise / (-torch.expm1(-left)).sqrt()
+        return self.prior_std * (-torch.expm1(-left)).sqrt()
 
     def log_reference(self, states: Tensor, times: Tensor) -> Tensor:
         return self.log_prior(states)

@@ -52,7 +52,7 @@ def pathwise_log_weight(
     x = process.sample_prior(batch_size, dim, generator, times.device, times.dtype)
     log_ratio = process.log_prior(x)
     noise = torch.randn(sampling_steps, batch_size, dim, generator=generator, device=times.device, dtype=times.dtype)
-    embedding, backward = policy.embed_times(times[:-1], process), policy.embed_backward(times[1:])
+    embeddings, backward = policy.embed_times(times[:-1], process).unbind(), policy.embed_backward(times[1:])
     steps = process.steps(times)
     # P_F of a step is that of its noise, and so known without the state; only its scale can depend on parameters.
     log_ratio = log_ratio - 0.5 * noise.square().sum((0, 2))
@@ -65,7 +65,7 @@ def pathwise_log_weight(
             score = None
             if policy.langevin:
                 score = target.score(x.detach() if config.detach_score else x)
-            drift, log_var = policy(x, embedding[n], score)
+            drift, log_var = policy(x, embeddings[n], score)
             x = process.step(x, drift, steps[n], noise[n], log_var)
             states.append(x)
             if log_var is not None:

@@ -190,17 +190,21 @@ def test_segments_are_scored_as_parts_of_their_paths(process: DiffusionProcess) 
 
 
 @pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True}], ids=str)
-def test_preconditioning_scales_the_networks_drift_and_nothing_else(options: dict[str, bool]) -> None:
-    process, times, x = BrownianProcess(1.7, "geometric", 100.0), grid("random", 6), torch.randn(5, 6, 4)
-    plain, scaled = make_policy(4, **options), make_policy(4, precondition=True, **options)
-    score = torch.randn(5, 6, 4)
-    without, _ = plain(x, plain.embed_times(times[:-1]), torch.zeros_like(score))
-    drift, log_var = scaled(x, scaled.embed_times(times[:-1], process), score)
-    expected, expected_log_var = plain(x, plain.embed_times(times[:-1]), score)
-    factor = process.drift_scale(times[:-1]).unsqueeze(-1)
-    assert factor.max() > 5 * factor.min()
-    torch.testing.assert_close(drift, factor * without + (expected - without), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(log_var, expected_log_var)
+def test_preconditioned_drifts_are_measured_by_the_noise_that_is_left(options: dict[str, bool]) -> None:
+    process, times = BrownianProcess(1.7, "geometric", 100.0), grid("random", 6)
+    x, score = 20.0 * torch.randn(2, 5, 6, 4)
+    policy = make_policy(4, precondition=True, **options)
+    embedding = policy.embed_times(times[:-1], process)
+    drift, log_var = policy(x, embedding, score)
+    left = (1.7 * (1.0 - process.clock(times[:-1]))).sqrt().unsqueeze(-1)
+    out = policy.forward_net(x, embedding.hidden)
+    expected = 1.7 / left * (out[..., :4] + out[..., 4:8] * 4.0 * torch.asinh(x / left / 4.0))
+    if policy.langevin:
+        expected = expected + policy.langevin_net(policy.langevin_features(times[:-1])) * score
+    torch.testing.assert_close(drift, expected, rtol=1e-4, atol=1e-4)
+    assert (log_var is None) == (out.shape[-1] == 8)
+    if log_var is not None:
+        torch.testing.assert_close(log_var, 4.0 * out[..., 8:].tanh())
 
 
 def test_a_preconditioned_policy_must_know_the_process() -> None:

@@ -295,17 +295,21 @@ def test_single_steps_are_those_of_the_kernels(process: DiffusionProcess) -> Non
 
 
 @every_process
-def test_the_scale_of_drifts_is_the_rate_of_variance_over_the_deviation_left(process: DiffusionProcess) -> None:
+def test_noise_that_is_left_and_the_rate_at_which_it_comes(process: DiffusionProcess) -> None:
     assert isinstance(process, BrownianProcess | OrnsteinUhlenbeckProcess)
+    brownian = isinstance(process, BrownianProcess)
     times = grid("random", 7)[:-1]
-    for time, scale in zip(times.tolist(), process.drift_scale(times).tolist(), strict=True):
+    for time, deviation in zip(times.tolist(), process.noise_left(times).tolist(), strict=True):
         left = 1.0 - spent_share(time, process.schedule, process.schedule_ratio)
         if isinstance(process, BrownianProcess):
-            rate, variance = process.diffusion_variance, process.diffusion_variance * left
+            variance = process.diffusion_variance * left
         else:
-            rate = process.prior_std**2 * process.noise
             variance = process.prior_std**2 * (1.0 - math.exp(-process.noise * left))
-        assert scale == pytest.approx(rate / math.sqrt(variance), rel=1e-6)
+        assert deviation == pytest.approx(math.sqrt(variance), rel=1e-6)
+    _, gain, variances, _, _ = process.kernels(torch.linspace(0.0, 1.0, 1001, dtype=torch.float64))
+    torch.testing.assert_close(
+        variances / gain, torch.full_like(gain, process.noise_rate), rtol=0.0 if brownian else 0.02, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["brownian cosine", "dds", "dds cosine"])
