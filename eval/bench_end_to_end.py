@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -91,8 +92,11 @@ def bench_round(
     refine_every: int,
     seconds: float,
 ) -> Round:
-    """Measure for so many seconds from memory, in this process, and then in the run that `command` starts."""
-    memory, memory_cpu_s, memory_delay = pace_from_memory(learner, actor, refiners, refine_every, seconds)
+    """Measure for so many seconds in the run that `command` starts, and from memory, in this process.
+
+    Half of the time from memory comes before the run and half after it, as a machine's pace drifts.
+    """
+    halves = [pace_from_memory(learner, actor, refiners, refine_every, seconds / 2)]
     with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
         root = Path(folder) / "run"
         with bench_run(command(root), root) as run:
@@ -102,6 +106,10 @@ def bench_round(
             first, before, delayed, since = len(rows) - 1, run.cpu_s(), delay_s(pid), time.monotonic()
             rows = run.wait(lambda rows: _elapsed_s(rows[first:]) > seconds, START_S + 4 * seconds)[first:]
             after, delayed, elapsed_s = run.cpu_s(), delay_s(pid) - delayed, time.monotonic() - since
+    halves.append(pace_from_memory(learner, actor, refiners, refine_every, seconds / 2))
+    paces, *figures = zip(*halves, strict=True)
+    memory = Pace(fmean(each.updates_per_s for each in paces), fmean(each.wait_fraction for each in paces))
+    memory_cpu_s, memory_delay = map(fmean, figures)
     stream = pace(rows)
     reports = learner_reports(rows)
     cores = {name: (after[name] - before[name]) / elapsed_s for name in before if name in after}

@@ -12,6 +12,7 @@ from driftstream.envs.targets import unwrap
 from driftstream.eval.bench_floors import RolloutFloor, UpdateFloor
 from driftstream.eval.bench_gradients import sampling_steps
 from driftstream.eval.bench_naive import NaiveTrajectoryBalance, diffusion_variance_of
+from driftstream.eval.bench_published import PublishedTrajectoryBalance
 from driftstream.eval.bench_rounds import Comparison, compare, median_ratio, quartiles, time_rounds
 from driftstream.learner.learner import Learner
 from driftstream.learner.losses import Paths, path_loss
@@ -20,7 +21,7 @@ from driftstream.learner.losses import Paths, path_loss
 class Steps:
     """The parts of one training step by trajectory balance, at the learner's shapes, ready to be timed.
 
-    `learner` is trained in place; the yardstick has a policy of its own.
+    `learner` is trained in place; each yardstick has a policy of its own.
     """
 
     def __init__(self, learner: Learner, exploration_std: float = 0.0) -> None:
@@ -28,15 +29,18 @@ class Steps:
         self.exploration_std = exploration_std
         self.rows = learner.config.batch_size
         self.times = make_grid(learner.grid, generator=learner.generator, device=learner.device)
-        self.naive = NaiveTrajectoryBalance(
-            copy.deepcopy(learner.policy),
-            learner.log_z,
-            unwrap(learner.target),
-            diffusion_variance_of(learner.process),
-            self.times,
-            self.rows,
-            exploration_std,
-            learner.generator,
+        self.naive, self.published = (
+            yardstick(
+                copy.deepcopy(learner.policy),
+                learner.log_z,
+                unwrap(learner.target),
+                diffusion_variance_of(learner.process),
+                self.times,
+                self.rows,
+                exploration_std,
+                learner.generator,
+            )
+            for yardstick in (NaiveTrajectoryBalance, PublishedTrajectoryBalance)
         )
         self.rollout()
         with torch.no_grad():
@@ -86,7 +90,7 @@ def bench_rollout(learner: Learner, repeats: int, exploration_std: float = 0.0) 
 
 
 def bench_update(learner: Learner, repeats: int, exploration_std: float = 0.0) -> Comparison:
-    """An update against its floor, and rollout with update against the yardstick's whole step."""
+    """An update against its floor, and rollout with update against the yardsticks' whole steps."""
     steps = Steps(learner, exploration_std)
     floor = UpdateFloor(learner.policy, steps.rows, sampling_steps(learner), learner.generator)
     contenders: dict[str, Callable[[], object]] = {
@@ -95,12 +99,14 @@ def bench_update(learner: Learner, repeats: int, exploration_std: float = 0.0) -
         "learner step": steps.learn,
         "rollout + update": steps.both,
         "naive step": steps.naive,
+        "published step": steps.published,
     }
     seconds = time_rounds(contenders, repeats)
     figures = {
         "floor_flops": float(floor.flops),
         "floor_gflops_per_s": _gigaflops(floor.flops, seconds["floor"]),
         "speed_up": median_ratio(seconds["naive step"], seconds["rollout + update"]),
+        "published_speed_up": median_ratio(seconds["published step"], seconds["rollout + update"]),
     }
     return compare("update", "update", "floor", seconds, figures)
 

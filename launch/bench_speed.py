@@ -31,7 +31,8 @@ CAPTIONS = {
     "log-probabilities from torch.distributions, autograd's score, and a graph of it all.",
     "update": "Floor: the policy's matrix products and activations, there and back. Update: loss, backward, Adam's "
     "step, from trajectories that are there. Learner step: that, with replay, statistics and the weights' average. "
-    "Naive step: rollout with a graph, loss, backward, Adam's step.",
+    "Naive step: rollout with a graph, loss, backward, Adam's step. Published step: that, with the operations "
+    "of the published implementation.",
     "mala": "One step of all chains in a cycle. Floor: the bare calls for log reward and gradient.",
     "replay": "One insert of a batch and one draw by rank. Memcpy: the rows alone. Sorted array: sorted anew.",
     "weights": "The policy's tensors. Memcpy: their bytes once.",
@@ -151,6 +152,7 @@ def _figures(figures: Mapping[str, float]) -> str:
     words = {
         "floor_gflops_per_s": "floor at {:.0f} GFLOP/s",
         "speed_up": "{:.2f} times as fast as the naive way",
+        "published_speed_up": "{:.2f} times as fast as the published one",
         "entries": "{:,.0f} entries",
         "slowest_s": "slowest {:.3g} s",
         "checksum_share": "checksum {:.0%} of decoding",

@@ -16,6 +16,7 @@ from driftstream.envs.targets import unwrap
 from driftstream.eval.bench_data import SortedArray, bench_decode, bench_replay, bench_weights, make_batch
 from driftstream.eval.bench_floors import Chain, RolloutFloor, UpdateFloor
 from driftstream.eval.bench_naive import NaiveTrajectoryBalance, diffusion_variance_of
+from driftstream.eval.bench_published import PublishedTrajectoryBalance
 from driftstream.eval.bench_rounds import Comparison, compare, time_rounds
 from driftstream.eval.bench_speed import Steps, bench_mala, bench_rollout, bench_update
 from driftstream.eval.bench_stream import bench_stream
@@ -62,11 +63,12 @@ def flops_of(action: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("yardstick", [NaiveTrajectoryBalance, PublishedTrajectoryBalance])
 @pytest.mark.parametrize("langevin", [False, True])
 @pytest.mark.parametrize("learned_variance", [False, True])
 @pytest.mark.parametrize("exploration_std", [0.0, 2.0])
-def test_the_yardstick_has_our_paths_loss_and_gradient(
-    langevin: bool, learned_variance: bool, exploration_std: float
+def test_yardsticks_have_our_paths_loss_and_gradient(
+    yardstick: type[NaiveTrajectoryBalance], langevin: bool, learned_variance: bool, exploration_std: float
 ) -> None:
     learner = small_learner(langevin, learned_variance)
     policy, process, target = learner.policy.double(), learner.process, learner.target
@@ -77,7 +79,7 @@ def test_the_yardstick_has_our_paths_loss_and_gradient(
     loss, _ = path_loss(learner.objective, policy, process, target, paths, log_z)
     parameters = list(policy.parameters())
     gradients = torch.autograd.grad(loss, [*parameters, log_z])
-    naive = NaiveTrajectoryBalance(
+    naive = yardstick(
         policy,
         log_z,
         unwrap(target),
@@ -181,8 +183,8 @@ def check(found: Comparison, name: str, rows: list[str], figures: set[str]) -> N
 def test_computing_is_compared() -> None:
     flops = {"floor_flops", "floor_gflops_per_s"}
     check(bench_rollout(small_learner(True), 2, 1.0), "rollout", ["rollout", "floor", "naive rollout"], flops)
-    rows = ["update", "floor", "learner step", "rollout + update", "naive step"]
-    check(bench_update(small_learner(), 2), "update", rows, {*flops, "speed_up"})
+    rows = ["update", "floor", "learner step", "rollout + update", "naive step", "published step"]
+    check(bench_update(small_learner(), 2), "update", rows, {*flops, "speed_up", "published_speed_up"})
     check(bench_mala(small_learner(), MalaConfig(4, 6, 3), 2), "mala", ["mala", "floor"], set())
 
 
