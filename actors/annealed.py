@@ -46,7 +46,7 @@ class AnnealedConfig:
     mcmc_steps: int = 200
     broadening: float = 1.5
     min_std: float = 2.0
-    cores: bool = False
+    cores: bool = True
     power: float = 3.0
     resample_below: float = 0.5
     initial_step_size: float = 0.01
