@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from driftstream.actors.fused import Layer, StepNetwork, is_plain, joint_network
+from driftstream.actors.preconditioning import NoiseLeft
 from driftstream.envs.errors import require
 from driftstream.envs.processes import DiffusionProcess
-
-PULL_RANGE = 4.0
-"""Preconditioning measures a state in deviations of the noise that is left, and beyond so many by their logarithm."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class PolicyConfig:
 
     `learned_variance = None` is resolved from the target's dimension. `langevin_scale` says whether the score's
     factor of Langevin policies is one number a time, or one a dimension. With `precondition` its drift is
-    measured by the noise that is left (`DiffusionPolicy`). With `learned_backward`, P_B's contraction and variance are
+    measured by the noise that is left (`NoiseLeft`). With `learned_backward`, P_B's contraction and variance are
     multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the objectives that balance flows, and
     `auto` is resolved from the objective; a `forward_looking` flow starts from the target (log rewards below
     -`reward_clip` are raised to it there).
@@ -117,27 +115,29 @@ class StateTimeNet(nn.Module):
 class TimeEmbedding:
     """What the forward policy needs of the times alone, computed once per grid and sliced per step.
 
-    `hidden [T, H]` enters the drift network; `langevin_scale [T, D or 1]` multiplies the clipped score (LP only). With
-    preconditioning, `noise_left [T, 1]` measures states, and `drift_scale [T, 1]` is the network's unit of drifts.
+    `hidden [T, H]` enters the drift network; `langevin_scale [T, D or 1]` multiplies the clipped score (LP only);
+    `noise_left` measures states and drifts (with preconditioning only).
     """
 
     hidden: Tensor
     langevin_scale: Tensor | None = None
-    noise_left: Tensor | None = None
-    drift_scale: Tensor | None = None
+    noise_left: NoiseLeft | None = None
 
     def __getitem__(self, index: int | Tensor) -> "TimeEmbedding":
-        return TimeEmbedding(self.hidden[index], *(None if part is None else part[index] for part in self._optional))
+        scale, noise_left = self.langevin_scale, self.noise_left
+        return TimeEmbedding(
+            self.hidden[index],
+            None if scale is None else scale[index],
+            None if noise_left is None else noise_left[index],
+        )
 
     def unbind(self) -> list["TimeEmbedding"]:
         """That of every time, for less than as many slices."""
         hidden = self.hidden.unbind()
-        optional = [[None] * len(hidden) if part is None else part.unbind() for part in self._optional]
-        return [TimeEmbedding(*parts) for parts in zip(hidden, *optional, strict=True)]
-
-    @property
-    def _optional(self) -> tuple[Tensor | None, ...]:
-        return self.langevin_scale, self.noise_left, self.drift_scale
+        none = [None] * len(hidden)
+        scales = none if self.langevin_scale is None else self.langevin_scale.unbind()
+        noise_left = none if self.noise_left is None else self.noise_left.unbind()
+        return [TimeEmbedding(*parts) for parts in zip(hidden, scales, noise_left, strict=True)]
 
 
 class DiffusionPolicy(nn.Module):
@@ -147,14 +147,9 @@ class DiffusionPolicy(nn.Module):
     gains NN2(t) * clip(score), NN2 a three-layer network of its own time features with zero weights and bias 0.01
     in its last layer. With `learned_variance` v = range * tanh(raw), else v is None (zero).
 
-    With `precondition` NN1 = σ²/r(t) (a + b φ(x / r(t))), where r is the deviation of the noise that is left, φ(y) is
-    c asinh(y / c), and c = `PULL_RANGE`. The networks a(x, t) and b(x, t) [D] so deal with numbers of order one at all
-    times, where drifts grow by orders of magnitude as r falls. With b = -1 a state is drawn to where the target is
-    narrower than r, and b may differ between places, as the target's width does.
+    With `precondition` NN1 gives an offset and a pull of every coordinate (`NoiseLeft.drift`).
 
     Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C.
-    Preconditioning is after that of denoisers, which skip past the network too (Karras et al. 2022, arXiv 2206.00364,
-    section 5).
     """
 
     flow_level: Tensor | None
@@ -192,8 +187,7 @@ class DiffusionPolicy(nn.Module):
             return TimeEmbedding(hidden, langevin_scale)
         if process is None:
             raise ValueError("policy.precondition = true: the policy's times need the process")
-        left = process.noise_left(t.double()).to(t.dtype).unsqueeze(-1)
-        return TimeEmbedding(hidden, langevin_scale, left, process.noise_rate / left)
+        return TimeEmbedding(hidden, langevin_scale, NoiseLeft.of(process, t))
 
     def forward(self, x: Tensor, embedding: TimeEmbedding, score: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Drift and log-variance offset at states `x`.
@@ -206,7 +200,12 @@ class DiffusionPolicy(nn.Module):
         Returns:
             `(drift [..., D], log_var [..., D] or None)`. Gradients flow to the parameters, to `x` and to `score`.
         """
-        return self.drift(x, self.forward_net(x, embedding.hidden), embedding, score)
+        return self.drift(x, self.forward_net(self.inputs(x, embedding), embedding.hidden), embedding, score)
+
+    @staticmethod
+    def inputs(x: Tensor, embedding: TimeEmbedding) -> Tensor:
+        """What `forward_net` sees of states x [..., D]."""
+        return x if embedding.noise_left is None else embedding.noise_left.inputs(x)
 
     def drift(
         self, x: Tensor, out: Tensor, embedding: TimeEmbedding, score: Tensor | None = None
@@ -214,9 +213,8 @@ class DiffusionPolicy(nn.Module):
         """`forward` from the output `out [..., outputs]` of `forward_net`, which may be overwritten."""
         drift, *others = out.split(self.dim, dim=-1)
         log_var = self.config.log_var_range * others[-1].tanh() if self.learned_variance else None
-        if embedding.noise_left is not None and embedding.drift_scale is not None:
-            distance = (x / (PULL_RANGE * embedding.noise_left)).asinh()
-            drift = torch.addcmul(drift, others[0], distance, value=PULL_RANGE) * embedding.drift_scale
+        if embedding.noise_left is not None:
+            drift = embedding.noise_left.drift(x, drift, others[0])
         if self.langevin:
             if score is None or embedding.langevin_scale is None:
                 raise ValueError("policy.langevin = true: the policy needs the score of the target at x")

@@ -74,7 +74,7 @@ def roll_forward(
         if scores is not None:
             score = target.score(x)
             scores[:, n] = score
-        drift, log_var = policy.drift(x, network(x, n), embeddings[n], score)
+        drift, log_var = policy.drift(x, network(policy.inputs(x, embeddings[n]), n), embeddings[n], score)
         noise.normal_(generator=generator)
         if (drift_scale, noise_scale) != (1.0, 1.0):
             drift, step = drift_scale * drift, step._replace(variance=noise_scale * step.variance)

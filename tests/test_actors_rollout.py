@@ -197,8 +197,12 @@ def test_preconditioned_drifts_are_measured_by_the_noise_that_is_left(options: d
     embedding = policy.embed_times(times[:-1], process)
     drift, log_var = policy(x, embedding, score)
     left = (1.7 * (1.0 - process.clock(times[:-1]))).sqrt().unsqueeze(-1)
-    out = policy.forward_net(x, embedding.hidden)
-    expected = 1.7 / left * (out[..., :4] + out[..., 4:8] * 4.0 * torch.asinh(x / left / 4.0))
+
+    def compress(x: Tensor) -> Tensor:
+        return 4.0 * x.sign() * torch.log(1.0 + x.abs() / 4.0)
+
+    out = policy.forward_net(math.sqrt(1.7) * compress(x / math.sqrt(1.7)), embedding.hidden)
+    expected = 1.7 / left * (out[..., :4] + out[..., 4:8] * compress(x / left))
     if policy.langevin:
         expected = expected + policy.langevin_net(policy.langevin_features(times[:-1])) * score
     torch.testing.assert_close(drift, expected, rtol=1e-4, atol=1e-4)
