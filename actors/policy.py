@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from driftstream.actors.fused import Layer, StepNetwork, is_plain, joint_network
-from driftstream.actors.preconditioning import NoiseLeft
+from driftstream.actors.preconditioning import NoiseUnits
 from driftstream.envs.errors import require
 from driftstream.envs.processes import DiffusionProcess
 
@@ -18,11 +18,11 @@ class PolicyConfig:
     """Shape of the networks, and which of them there are.
 
     `learned_variance = None` is resolved from the target's dimension. `langevin_scale` says whether the score's
-    factor of Langevin policies is one number a time, or one a dimension. With `precondition` its drift is
-    measured by the noise that is left (`NoiseLeft`). With `learned_backward`, P_B's contraction and variance are
-    multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the objectives that balance flows, and
-    `auto` is resolved from the objective; a `forward_looking` flow starts from the target (log rewards below
-    -`reward_clip` are raised to it there).
+    factor of Langevin policies is one number a time, or one a dimension. With `precondition` the drift network's states
+    and drifts, but not the score's part, are measured by the noise (`NoiseUnits`). With `learned_backward`, P_B's
+    contraction and variance are multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the
+    objectives that balance flows, and `auto` is resolved from the objective; a `forward_looking` flow starts from the
+    target (log rewards below -`reward_clip` are raised to it there).
     """
 
     hidden: int = 64
@@ -116,28 +116,28 @@ class TimeEmbedding:
     """What the forward policy needs of the times alone, computed once per grid and sliced per step.
 
     `hidden [T, H]` enters the drift network; `langevin_scale [T, D or 1]` multiplies the clipped score (LP only);
-    `noise_left` measures states and drifts (with preconditioning only).
+    `units` are those of states and drifts (with preconditioning only).
     """
 
     hidden: Tensor
     langevin_scale: Tensor | None = None
-    noise_left: NoiseLeft | None = None
+    units: NoiseUnits | None = None
 
     def __getitem__(self, index: int | Tensor) -> "TimeEmbedding":
-        scale, noise_left = self.langevin_scale, self.noise_left
+        scale, units = self.langevin_scale, self.units
         return TimeEmbedding(
             self.hidden[index],
             None if scale is None else scale[index],
-            None if noise_left is None else noise_left[index],
+            None if units is None else units[index],
         )
 
     def unbind(self) -> list["TimeEmbedding"]:
-        """That of every time, for less than as many slices."""
+        """Those of every time, as a list: cheaper than an index for each of them."""
         hidden = self.hidden.unbind()
         none = [None] * len(hidden)
         scales = none if self.langevin_scale is None else self.langevin_scale.unbind()
-        noise_left = none if self.noise_left is None else self.noise_left.unbind()
-        return [TimeEmbedding(*parts) for parts in zip(hidden, scales, noise_left, strict=True)]
+        units = none if self.units is None else self.units.unbind()
+        return [TimeEmbedding(*parts) for parts in zip(hidden, scales, units, strict=True)]
 
 
 class DiffusionPolicy(nn.Module):
@@ -147,7 +147,7 @@ class DiffusionPolicy(nn.Module):
     gains NN2(t) * clip(score), NN2 a three-layer network of its own time features with zero weights and bias 0.01
     in its last layer. With `learned_variance` v = range * tanh(raw), else v is None (zero).
 
-    With `precondition` NN1 gives an offset and a pull of every coordinate (`NoiseLeft.drift`).
+    With `precondition` NN1 gives an offset and a pull of every coordinate (`NoiseUnits.scaled`).
 
     Source: Zhang & Chen 2022 (PIS, arXiv 2111.15141); Sendera et al. 2024 (arXiv 2402.05098), appendix C.
     """
@@ -180,14 +180,17 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("flow_level", torch.zeros(()) if has_flow else None)
 
     def embed_times(self, t: Tensor, process: DiffusionProcess | None = None) -> TimeEmbedding:
-        """Embedding of the times `t [T]` < 1 at which steps of `process` start (needed with preconditioning)."""
+        """Embedding of the times `t [T]` < 1 at which steps of `process` start.
+
+        Raises ValueError where the policy is preconditioned and `process` is not given.
+        """
         langevin_scale = self.langevin_net(self.langevin_features(t)) if self.langevin else None
         hidden = self.forward_net.embed(t)
         if not self.config.precondition:
             return TimeEmbedding(hidden, langevin_scale)
         if process is None:
             raise ValueError("policy.precondition = true: the policy's times need the process")
-        return TimeEmbedding(hidden, langevin_scale, NoiseLeft.of(process, t))
+        return TimeEmbedding(hidden, langevin_scale, NoiseUnits.of(process, t))
 
     def forward(self, x: Tensor, embedding: TimeEmbedding, score: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Drift and log-variance offset at states `x`.
@@ -205,7 +208,7 @@ class DiffusionPolicy(nn.Module):
     @staticmethod
     def inputs(x: Tensor, embedding: TimeEmbedding) -> Tensor:
         """What `forward_net` sees of states x [..., D]."""
-        return x if embedding.noise_left is None else embedding.noise_left.inputs(x)
+        return x if embedding.units is None else embedding.units.inputs(x)
 
     def drift(
         self, x: Tensor, out: Tensor, embedding: TimeEmbedding, score: Tensor | None = None
@@ -213,8 +216,8 @@ class DiffusionPolicy(nn.Module):
         """`forward` from the output `out [..., outputs]` of `forward_net`, which may be overwritten."""
         drift, *others = out.split(self.dim, dim=-1)
         log_var = self.config.log_var_range * others[-1].tanh() if self.learned_variance else None
-        if embedding.noise_left is not None:
-            drift = embedding.noise_left.drift(x, drift, others[0])
+        if embedding.units is not None:
+            drift = embedding.units.scaled(x, drift, others[0])
         if self.langevin:
             if score is None or embedding.langevin_scale is None:
                 raise ValueError("policy.langevin = true: the policy needs the score of the target at x")

@@ -11,59 +11,64 @@ from torch import Tensor
 
 from driftstream.envs.processes import DiffusionProcess
 
-RANGE = 4.0
-"""States are measured linearly up to about so many units, and beyond by the logarithm."""
+REACH = 4.0
+"""How many deviations of the noise a state may be off where its measure turns from linear to logarithmic."""
 
 
 @dataclass(frozen=True)
-class NoiseLeft:
-    """The deviation r of the noise that is left at some times, and the unit of drifts σ²/r, both [T, 1].
+class NoiseUnits:
+    """Units of states and drifts at some times: `reach`, which is `REACH` deviations r of the noise that is left, and
+    `drift`, the rate of the noise's variance over r, both [T, 1].
 
-    Drifts grow by orders of magnitude as r falls. A state that is drawn to a place where the target is narrower than r
-    drifts by its distance over r in that unit, whatever r is, and a network of the state alone would have to learn a
-    factor for every time. So it gives an offset and a pull instead: `drift` is their sum in these units, the pull
-    acting on the state measured by r. A pull of -1 is the drift towards a narrow place at 0; it may differ between
-    places, as the target's width does.
+    Drifts grow by orders of magnitude as r falls. Near a place where the target is narrower than r a state drifts
+    towards it by its distance over r in these units, which a network of the state alone would have to learn for every
+    r. So it gives an offset and a pull, and the pull acts on the state measured by r (`scaled`). Both may differ
+    between places, as the target's width does.
 
-    `spread` is the deviation of all noise, beyond which the network sees the logarithm of states: a path that has
+    `width` is `REACH` deviations of all noise. The network sees the logarithm of states beyond, so that a path that has
     strayed far does not spoil its first layer for all others.
     """
 
-    deviation: Tensor
-    drift_unit: Tensor
-    spread: float
+    reach: Tensor
+    drift: Tensor
+    width: float
 
     @classmethod
-    def of(cls, process: DiffusionProcess, t: Tensor) -> "NoiseLeft":
-        """At the times `t [T]` < 1 of the process."""
-        deviation = process.noise_left(t.double()).unsqueeze(-1)
-        spread = float(process.noise_left(torch.zeros((), dtype=torch.float64)))
-        return cls(deviation.to(t.dtype), (process.noise_rate / deviation).to(t.dtype), spread)
+    def of(cls, process: DiffusionProcess, t: Tensor) -> "NoiseUnits":
+        """At the times `t [T]` < 1 of the process, in their dtype (at t = 1 no noise is left to measure by)."""
+        left = process.noise_left(t.double()).unsqueeze(-1)
+        width = REACH * float(process.noise_left(torch.zeros((), dtype=torch.float64)))
+        return cls((REACH * left).to(t.dtype), (process.noise_rate / left).to(t.dtype), width)
 
-    def __getitem__(self, index: int | Tensor) -> "NoiseLeft":
-        return NoiseLeft(self.deviation[index], self.drift_unit[index], self.spread)
+    def __getitem__(self, index: int | Tensor) -> "NoiseUnits":
+        return NoiseUnits(self.reach[index], self.drift[index], self.width)
 
-    def unbind(self) -> list["NoiseLeft"]:
-        """That of every time."""
-        rows = zip(self.deviation.unbind(), self.drift_unit.unbind(), strict=True)
-        return [NoiseLeft(*row, self.spread) for row in rows]
+    def unbind(self) -> list["NoiseUnits"]:
+        """Those of every time, as a list."""
+        rows = zip(self.reach.unbind(), self.drift.unbind(), strict=True)
+        return [NoiseUnits(*row, self.width) for row in rows]
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What the network sees of states x [..., D]."""
-        return symlog(x / self.spread) * self.spread
+        """What the network sees of states x [..., D]: width φ(x / width), φ = `compressed`."""
+        return self.width * compressed(x, self.width)
 
-    def drift(self, x: Tensor, offset: Tensor, pull: Tensor) -> Tensor:
-        """σ²/r (offset + pull symlog(x / r)): x, offset, pull [..., D] -> [..., D]."""
-        return torch.addcmul(offset, pull, symlog(x / self.deviation)) * self.drift_unit
+    def scaled(self, x: Tensor, offset: Tensor, pull: Tensor) -> Tensor:
+        """The drift (offset + c pull φ(x / (c r))) σ²/r, φ = `compressed` and c = `REACH`, of states x; all [..., D].
+
+        Of Brownian motion a pull of -1 brings states within a few r of 0 there by t = 1. Gradients flow to all three.
+        """
+        return torch.addcmul(offset, pull, compressed(x, self.reach), value=REACH) * self.drift
 
 
-def symlog(x: Tensor) -> Tensor:
-    """±c log(1 + |x| / c), c = `RANGE`: about x near 0, of any shape.
+def compressed(x: Tensor, reach: Tensor | float) -> Tensor:
+    """±log(1 + |x| / reach) of x [..., D]: about x / reach near 0. Like asinh, which costs ten times as much.
 
-    Source: Hafner et al. 2023 (arXiv 2301.04104). It is like asinh, which costs ten times as much.
+    Source: Hafner et al. 2023 (arXiv 2301.04104), for targets of very different sizes.
     """
-    x = x / RANGE
-    return x.abs().log1p().copysign(x) * RANGE
+    x = x / reach
+    # Written with the side of 0, as `abs` and `copysign` have no slope at 0.
+    side = x.new_ones(()).copysign(x)
+    return (x * side).log1p() * side
 
 
-__all__ = ["RANGE", "NoiseLeft", "symlog"]
+__all__ = ["REACH", "NoiseUnits", "compressed"]

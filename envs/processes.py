@@ -85,7 +85,7 @@ class DiffusionProcess(ABC):
     @property
     @abstractmethod
     def noise_rate(self) -> float:
-        """Variance of the noise per unit of the time that drifts act in."""
+        """Variance of the noise per unit of the time that drifts act in, in the limit of small steps."""
 
     @abstractmethod
     def kernels(self, times: Tensor) -> Kernels:

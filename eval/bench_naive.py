@@ -30,6 +30,8 @@ class NaiveTrajectoryBalance:
         exploration_std: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
+        if policy.config.precondition or policy.config.learned_backward:
+            raise ValueError("the yardstick knows neither preconditioned policies nor a learned P_B")
         self.policy = policy
         self.log_z = nn.Parameter(log_z.detach().clone())
         self.target = target

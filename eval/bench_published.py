@@ -1,11 +1,12 @@
 """The published way of one update of trajectory balance, operation by operation.
 
 It is the cost that published training times are made of. Source: the implementation of Sendera et al. 2024 (arXiv
-2402.05098), whose order of operations is kept; the code is our own.
+2402.05098), whose operations are kept; code and networks are our own (a fixed variance has no outputs).
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +25,20 @@ class PublishedTrajectoryBalance(NaiveTrajectoryBalance):
     `NaiveTrajectoryBalance`, twice the published one.
     """
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.log_reward = log_density(self.target)
+
     def loss(self) -> tuple[Tensor, Tensor]:
         times, rows, dim = self.times, self.batch_size, self.policy.dim
         steps = len(times) - 1
-        log_reward = log_density(self.target)
         log_pf, log_pb = times.new_zeros(rows, steps), times.new_zeros(rows, steps)
         log_flow, states = times.new_zeros(rows, steps + 1), times.new_zeros(rows, steps + 1, dim)
         x = times.new_zeros(rows, dim)
         for n in range(steps):
             start, end = float(times[n]), float(times[n + 1])
             dt = end - start
-            mean, log_var = self._gaussian(x, times[n], log_reward)
+            mean, log_var = self._gaussian(x, times[n])
             log_flow[:, n] = self.log_z
             widened = log_var
             if self.exploration_std:
@@ -52,22 +56,23 @@ class PublishedTrajectoryBalance(NaiveTrajectoryBalance):
             x = following
             states[:, n + 1] = x
         with torch.no_grad():
-            end_reward = log_reward(x)
+            end_reward = self.log_reward(x)
         return (log_pf.sum(1) + log_flow[:, 0] - log_pb.sum(1) - end_reward).square().mean(), states
 
-    def _gaussian(self, x: Tensor, t: Tensor, log_reward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _gaussian(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Drift and log variance rate [B, D] at states x [B, D] and time t []."""
         policy, config = self.policy, self.policy.config
         net = policy.forward_net
-        embedding = net.time_net(net.time_features(t.reshape(1))).repeat(len(x), 1)
-        out = net.joint_net(net.state_net(x) + embedding)
+        score = None
         if policy.langevin:
             x.requires_grad_(True)
             with torch.enable_grad():
-                (score,) = torch.autograd.grad(log_reward(x).sum(), x)
-            scale = policy.langevin_net(policy.langevin_features(t.reshape(1)))
+                (score,) = torch.autograd.grad(self.log_reward(x).sum(), x)
             score = score.detach().nan_to_num().clip(-config.score_clip, config.score_clip)
-            out[..., : policy.dim] += scale * score
+        embedding = net.time_net(net.time_features(t.reshape(1))).repeat(len(x), 1)
+        out = net.joint_net(net.state_net(x) + embedding)
+        if score is not None:
+            out[..., : policy.dim] += policy.langevin_net(policy.langevin_features(t.reshape(1))) * score
         out = torch.clip(out, -config.drift_clip, config.drift_clip)
         mean, log_var = out, torch.zeros_like(x)
         if policy.learned_variance:

@@ -338,7 +338,7 @@ def random_policy(dim: int, seed: int, langevin: bool = False) -> DiffusionPolic
     """A policy of random weights, so that its drift is not zero."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        policy = DiffusionPolicy(dim, PolicyConfig(learned_variance=True, langevin=langevin))
+        policy = DiffusionPolicy(dim, PolicyConfig(learned_variance=True, langevin=langevin, precondition=True))
         for parameter in policy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return policy.requires_grad_(False)

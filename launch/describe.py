@@ -58,6 +58,8 @@ def describe_policy(config: RunConfig) -> str:
     """The networks, and the process unless it is Brownian motion, such as "PIS net + learned variance"."""
     policy = config.policy
     parts = ["Langevin" if policy.langevin else "PIS net"]
+    if policy.precondition:
+        parts.append("preconditioning")
     if policy.learned_variance is None:
         parts.append(f"learned variance (D ≤ {LOW_DIMENSION})")
     elif policy.learned_variance:

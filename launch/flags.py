@@ -169,9 +169,10 @@ class BenchFlags:
     """Measure what a run and its parts cost, or how noisy the objectives' gradients are, on the CPU.
 
     rollout, update, mala, replay, weights and stream are each measured beside a floor, what they cannot do without,
-    and some beside a naive way of doing the same; all is these six. start, end-to-end and scale measure whole runs,
-    in minutes: the way to the first learner step; the learner with an actor and a refiner beside itself fed from
-    memory; trajectories/s and memory with the number of actors, and a step's with the dimension, both also as plots.
+    and some beside a naive way of doing the same and the published one; all is these six. start, end-to-end and scale
+    measure whole runs, in minutes: the way to the first learner step; the learner with an actor and a refiner beside
+    itself fed from memory; trajectories/s and memory with the number of actors, and a step's with the dimension, both
+    also as plots.
     gradients trains a sampler and tabulates every objective's gradient noise at equal cost, before and after;
     objectives tabulates seconds and peak memory of one update.
     """

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
+from driftstream.actors.preconditioning import compressed
 from driftstream.actors.rollout import rollout, rollout_backward, score_trajectories
 from driftstream.actors.torchrl_policy import make_torchrl_policy
 from driftstream.envs.grids import random_grid, uniform_grid
@@ -178,7 +179,7 @@ def test_scorer_equals_the_transition_densities_step_by_step(options: dict[str, 
 @every_process
 def test_segments_are_scored_as_parts_of_their_paths(process: DiffusionProcess) -> None:
     target, times = make_target("manywell", dim=4), grid("random", 6, torch.float64)
-    policy = make_policy(4, learned_variance=True, learned_backward=True, langevin=True).double()
+    policy = make_policy(4, learned_variance=True, learned_backward=True, langevin=True, precondition=True).double()
     trajectories = rollout(policy, process, target, times, 5, generator=torch.Generator().manual_seed(0))
     states, scores = trajectories["states"], trajectories["scores"]
     whole = score_trajectories(policy, process, states, times, scores)
@@ -192,8 +193,8 @@ def test_segments_are_scored_as_parts_of_their_paths(process: DiffusionProcess) 
 @pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"langevin": True}], ids=str)
 def test_preconditioned_drifts_are_measured_by_the_noise_that_is_left(options: dict[str, bool]) -> None:
     process, times = BrownianProcess(1.7, "geometric", 100.0), grid("random", 6)
-    x, score = 20.0 * torch.randn(2, 5, 6, 4)
     policy = make_policy(4, precondition=True, **options)
+    x, score = 3.0 * torch.randn(2, 5, 6, 4)
     embedding = policy.embed_times(times[:-1], process)
     drift, log_var = policy(x, embedding, score)
     left = (1.7 * (1.0 - process.clock(times[:-1]))).sqrt().unsqueeze(-1)
@@ -209,6 +210,27 @@ def test_preconditioned_drifts_are_measured_by_the_noise_that_is_left(options: d
     assert (log_var is None) == (out.shape[-1] == 8)
     if log_var is not None:
         torch.testing.assert_close(log_var, 4.0 * out[..., 8:].tanh())
+
+
+def test_a_pull_of_minus_one_is_the_way_to_the_origin() -> None:
+    process, times = BrownianProcess(1.7, "geometric", 100.0), grid("random", 6, torch.float64)
+    policy = DiffusionPolicy(3, PolicyConfig(hidden=4, harmonics=2, precondition=True)).double()
+    last: Any = policy.forward_net.joint_net[-1]
+    last.bias.data[3:] = -1.0
+    x = 1e-3 * torch.randn(5, 3, dtype=torch.float64)
+    for n in range(6):
+        drift, _ = policy(x, policy.embed_times(times[n : n + 1], process)[0])
+        left = 1.0 - process.clock(times[n])
+        torch.testing.assert_close(drift, -x / left, rtol=1e-2, atol=0.0)
+
+
+def test_measures_have_their_slope_at_the_start_too() -> None:
+    x = torch.tensor([-7.0, -1.0, -0.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    value = compressed(x, 4.0)
+    torch.testing.assert_close(value, x.sign() * (1.0 + x.abs() / 4.0).log())
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    torch.testing.assert_close(slope, 1.0 / (4.0 + x.abs()))
+    assert torch.autograd.grad(slope.sum(), x)[0].isfinite().all()
 
 
 def test_a_preconditioned_policy_must_know_the_process() -> None:

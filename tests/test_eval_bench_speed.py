@@ -1,4 +1,4 @@
-"""The speed benchmarks: floors with the operations of the real thing, a yardstick with the same loss, whole reports."""
+"""The speed benchmarks: floors with the operations of the real thing, yardsticks with the same loss, whole reports."""
 
 import json
 from collections.abc import Callable
@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from driftstream.actors.mala import MalaConfig
+from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
 from driftstream.actors.rollout import rollout
 from driftstream.envs.processes import BrownianProcess, OrnsteinUhlenbeckProcess
-from driftstream.envs.targets import unwrap
+from driftstream.envs.targets import make_target, unwrap
 from driftstream.eval.bench_data import SortedArray, bench_decode, bench_replay, bench_weights, make_batch
 from driftstream.eval.bench_floors import Chain, RolloutFloor, UpdateFloor
 from driftstream.eval.bench_naive import NaiveTrajectoryBalance, diffusion_variance_of
@@ -96,16 +97,18 @@ def test_yardsticks_have_our_paths_loss_and_gradient(
         assert torch.allclose(mine, other, rtol=1e-7, atol=1e-9 * float(loss.detach()))
 
 
-def test_the_yardstick_trains_its_own_policy() -> None:
+@pytest.mark.parametrize("name", ["naive", "published"])
+def test_a_yardstick_trains_its_own_policy(name: str) -> None:
     learner = small_learner()
     steps = Steps(learner)
+    yardstick: NaiveTrajectoryBalance = getattr(steps, name)
     before = {name: value.clone() for name, value in learner.policy_tensors().items()}
-    first = float(steps.naive.log_z.detach())
-    steps.naive()
-    assert float(steps.naive.log_z.detach()) == pytest.approx(first, abs=0.11)
-    assert float(steps.naive.log_z.detach()) != first
+    first = float(yardstick.log_z.detach())
+    yardstick()
+    assert float(yardstick.log_z.detach()) == pytest.approx(first, abs=0.11)
+    assert float(yardstick.log_z.detach()) != first
     assert all(torch.equal(value, before[name]) for name, value in learner.policy_tensors().items())
-    moved = steps.naive.policy.state_dict()
+    moved = yardstick.policy.state_dict()
     assert not torch.equal(moved["forward_net.joint_net.5.weight"], before["forward_net.joint_net.5.weight"])
 
 
@@ -115,6 +118,9 @@ def test_the_yardstick_knows_what_it_cannot_follow() -> None:
         diffusion_variance_of(OrnsteinUhlenbeckProcess(1.0))
     with pytest.raises(ValueError, match="Brownian"):
         diffusion_variance_of(BrownianProcess(1.0, "linear"))
+    policy = DiffusionPolicy(2, PolicyConfig(precondition=True))
+    with pytest.raises(ValueError, match="preconditioned"):
+        NaiveTrajectoryBalance(policy, torch.zeros(()), make_target("gmm9"), 1.0, torch.linspace(0.0, 1.0, 4), 5)
 
 
 @pytest.mark.parametrize("input_gradient", [False, True])

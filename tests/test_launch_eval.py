@@ -197,7 +197,14 @@ def describe(config: RunConfig) -> tuple[str, str, str]:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("default", ("trajectory balance", "explore:1 + refined replay", "Langevin + learned variance (D ≤ 10)")),
+        (
+            "default",
+            (
+                "trajectory balance",
+                "explore:1 + refined replay",
+                "Langevin + preconditioning + learned variance (D ≤ 10)",
+            ),
+        ),
         ("tb", ("trajectory balance", "on-policy", "PIS net")),
         ("tb+lv", ("trajectory balance", "on-policy", "PIS net + learned variance")),
         ("tb+lb", ("trajectory balance", "on-policy", "PIS net + learned backward")),

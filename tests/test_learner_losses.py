@@ -31,7 +31,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "learned backward": {"learned_backward": True, "backward_scale": 0.5},
     "langevin by dimension": {"langevin": True},
     "langevin scalar": {"langevin": True, "langevin_scale": "scalar"},
-    "all": {"learned_variance": True, "learned_backward": True, "langevin": True},
+    "all": {"learned_variance": True, "learned_backward": True, "langevin": True, "precondition": True},
 }
 SUBTB = [ObjectiveConfig("subtrajectory_balance", lam=lam) for lam in (0.0, 0.9, 1.0, 2.0)]
 BALANCED = [ObjectiveConfig("detailed_balance"), *SUBTB]

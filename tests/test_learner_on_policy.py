@@ -31,7 +31,13 @@ POLICIES: dict[str, dict[str, Any]] = {
     "learned variance": {"learned_variance": True},
     "learned backward": {"learned_backward": True, "backward_scale": 0.5},
     "langevin": {"langevin": True, "precondition": True},
-    "all": {"learned_variance": True, "learned_backward": True, "langevin": True, "langevin_scale": "scalar"},
+    "all": {
+        "learned_variance": True,
+        "learned_backward": True,
+        "langevin": True,
+        "langevin_scale": "scalar",
+        "precondition": True,
+    },
 }
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 every_policy = pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES.keys())
