@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from driftstream.envs.densities import is_transformed
 from driftstream.envs.processes import DiffusionProcess
 
 REACH = 4.0
@@ -50,7 +51,7 @@ class NoiseUnits:
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the network sees of states x [..., D]: width φ(x / width), φ = `compressed`."""
-        return self.width * compressed(x, self.width)
+        return compressed(x, self.width) * self.width
 
     def scaled(self, x: Tensor, offset: Tensor, pull: Tensor) -> Tensor:
         """The drift (offset + c pull φ(x / (c r))) σ²/r, φ = `compressed` and c = `REACH`, of states x; all [..., D].
@@ -66,7 +67,9 @@ def compressed(x: Tensor, reach: Tensor | float) -> Tensor:
     Source: Hafner et al. 2023 (arXiv 2301.04104), for targets of very different sizes.
     """
     x = x / reach
-    # Written with the side of 0, as `abs` and `copysign` have no slope at 0.
+    if not (x.requires_grad or is_transformed()):
+        return x.abs().log1p_().copysign_(x)
+    # `abs` and `copysign` have no slope at 0.
     side = x.new_ones(()).copysign(x)
     return (x * side).log1p() * side
 

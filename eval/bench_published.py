@@ -1,17 +1,19 @@
 """The published way of one update of trajectory balance, operation by operation.
 
 It is the cost that published training times are made of. Source: the implementation of Sendera et al. 2024 (arXiv
-2402.05098), whose operations are kept; code and networks are our own (a fixed variance has no outputs).
+2402.05098), whose operations are kept; the code is our own.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+from driftstream.actors.policy import DiffusionPolicy
 from driftstream.envs.densities import LOG_2PI
 from driftstream.envs.targets import Target
 from driftstream.envs.targets_gmm import GaussianMixture
@@ -25,8 +27,8 @@ class PublishedTrajectoryBalance(NaiveTrajectoryBalance):
     `NaiveTrajectoryBalance`, twice the published one.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, policy: DiffusionPolicy, *arguments: Any) -> None:
+        super().__init__(policy, *arguments)
         self.log_reward = log_density(self.target)
 
     def loss(self) -> tuple[Tensor, Tensor]:
@@ -74,11 +76,22 @@ class PublishedTrajectoryBalance(NaiveTrajectoryBalance):
         if score is not None:
             out[..., : policy.dim] += policy.langevin_net(policy.langevin_features(t.reshape(1))) * score
         out = torch.clip(out, -config.drift_clip, config.drift_clip)
-        mean, log_var = out, torch.zeros_like(x)
+        mean, log_var = out[..., : policy.dim], torch.zeros_like(x)
         if policy.learned_variance:
-            mean, raw = out.chunk(2, -1)
-            log_var = raw.tanh() * config.log_var_range
+            log_var = out[..., policy.dim :].tanh() * config.log_var_range
         return mean, log_var + math.log(self.diffusion_variance)
+
+
+def published_policy(policy: DiffusionPolicy) -> DiffusionPolicy:
+    """A copy whose network has outputs for the variance even where it is fixed, as the published one has."""
+    policy = copy.deepcopy(policy)
+    last: Any = policy.forward_net.joint_net[-1]
+    if not policy.learned_variance:
+        wider = nn.Linear(last.in_features, 2 * last.out_features)
+        nn.init.zeros_(wider.weight).data[: last.out_features] = last.weight.data
+        nn.init.zeros_(wider.bias).data[: last.out_features] = last.bias.data
+        policy.forward_net.joint_net[-1] = wider
+    return policy
 
 
 def log_density(target: Target) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """What computing costs beside its floor: the rollout, the update, and a cycle of MALA."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,10 +12,12 @@ from driftstream.envs.targets import unwrap
 from driftstream.eval.bench_floors import RolloutFloor, UpdateFloor
 from driftstream.eval.bench_gradients import sampling_steps
 from driftstream.eval.bench_naive import NaiveTrajectoryBalance, diffusion_variance_of
-from driftstream.eval.bench_published import PublishedTrajectoryBalance
+from driftstream.eval.bench_published import PublishedTrajectoryBalance, published_policy
 from driftstream.eval.bench_rounds import Comparison, compare, median_ratio, quartiles, time_rounds
 from driftstream.learner.learner import Learner
 from driftstream.learner.losses import Paths, path_loss
+
+Calls = Mapping[str, Callable[[], object]]
 
 
 class Steps:
@@ -29,19 +31,17 @@ class Steps:
         self.exploration_std = exploration_std
         self.rows = learner.config.batch_size
         self.times = make_grid(learner.grid, generator=learner.generator, device=learner.device)
-        self.naive, self.published = (
-            yardstick(
-                copy.deepcopy(learner.policy),
-                learner.log_z,
-                unwrap(learner.target),
-                diffusion_variance_of(learner.process),
-                self.times,
-                self.rows,
-                exploration_std,
-                learner.generator,
-            )
-            for yardstick in (NaiveTrajectoryBalance, PublishedTrajectoryBalance)
+        shared = (
+            learner.log_z,
+            unwrap(learner.target),
+            diffusion_variance_of(learner.process),
+            self.times,
+            self.rows,
+            exploration_std,
+            learner.generator,
         )
+        self.naive = NaiveTrajectoryBalance(copy.deepcopy(learner.policy), *shared)
+        self.published = PublishedTrajectoryBalance(published_policy(learner.policy), *shared)
         self.rollout()
         with torch.no_grad():
             learner.start_log_z(learner.log_weight(self._paths()))
@@ -75,31 +75,57 @@ class Steps:
         self.rollout()
         self.update()
 
+    @property
+    def yardsticks(self) -> Calls:
+        """What is not ours."""
+        return {
+            "naive rollout": self.naive.loss,
+            "naive step": self.naive,
+            "published step": self.published,
+        }
+
     def _paths(self) -> Paths:
         return Paths(self.batch["states"], self.times, self.batch["log_reward"], self.batch.get("scores", None))
 
 
-def bench_rollout(learner: Learner, repeats: int, exploration_std: float = 0.0) -> Comparison:
-    """A rollout against its floor, and against the yardstick's, which keeps a graph."""
+def bench_rollout(
+    learner: Learner, repeats: int, exploration_std: float = 0.0, yardsticks: Calls | None = None
+) -> Comparison:
+    """A rollout against its floor, and against the naive one, which keeps a graph.
+
+    `yardsticks` are those of `Steps`, in this process by default.
+    """
     steps = Steps(learner, exploration_std)
+    others = yardsticks or steps.yardsticks
     score_of = unwrap(learner.target) if learner.policy.langevin else None
     floor = RolloutFloor(learner.policy, steps.rows, sampling_steps(learner), learner.generator, score_of)
-    seconds = time_rounds({"rollout": steps.rollout, "floor": floor, "naive rollout": steps.naive.loss}, repeats)
+    contenders: Calls = {
+        "rollout": steps.rollout,
+        "floor": floor,
+        "naive rollout": others["naive rollout"],
+    }
+    seconds = time_rounds(contenders, repeats)
     figures = {"floor_flops": float(floor.flops), "floor_gflops_per_s": _gigaflops(floor.flops, seconds["floor"])}
     return compare("rollout", "rollout", "floor", seconds, figures)
 
 
-def bench_update(learner: Learner, repeats: int, exploration_std: float = 0.0) -> Comparison:
-    """An update against its floor, and rollout with update against the yardsticks' whole steps."""
+def bench_update(
+    learner: Learner, repeats: int, exploration_std: float = 0.0, yardsticks: Calls | None = None
+) -> Comparison:
+    """An update against its floor, and rollout with update against the yardsticks' whole steps.
+
+    `yardsticks` are those of `Steps`, in this process by default.
+    """
     steps = Steps(learner, exploration_std)
+    others = yardsticks or steps.yardsticks
     floor = UpdateFloor(learner.policy, steps.rows, sampling_steps(learner), learner.generator)
-    contenders: dict[str, Callable[[], object]] = {
+    contenders: Calls = {
         "update": steps.update,
         "floor": floor,
         "learner step": steps.learn,
         "rollout + update": steps.both,
-        "naive step": steps.naive,
-        "published step": steps.published,
+        "naive step": others["naive step"],
+        "published step": others["published step"],
     }
     seconds = time_rounds(contenders, repeats)
     figures = {

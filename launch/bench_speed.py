@@ -1,7 +1,12 @@
 """`driftstream bench rollout|update|mala|replay|weights|stream|all`: the parts of a run beside their floors."""
 
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +16,7 @@ from driftstream.actors.mala import MalaConfig
 from driftstream.envs.errors import require
 from driftstream.eval.bench_data import bench_decode, bench_replay, bench_weights, make_batch
 from driftstream.eval.bench_rounds import Comparison, Quartiles
-from driftstream.eval.bench_speed import bench_mala, bench_rollout, bench_update
+from driftstream.eval.bench_speed import Calls, Steps, bench_mala, bench_rollout, bench_update
 from driftstream.eval.bench_stream import StreamBenchError, bench_stream
 from driftstream.launch.config import RunConfig, resolve
 from driftstream.launch.flags import BenchFlags, CommandError, UsageError
@@ -32,7 +37,7 @@ CAPTIONS = {
     "update": "Floor: the policy's matrix products and activations, there and back. Update: loss, backward, Adam's "
     "step, from trajectories that are there. Learner step: that, with replay, statistics and the weights' average. "
     "Naive step: rollout with a graph, loss, backward, Adam's step. Published step: that, with the operations "
-    "of the published implementation.",
+    "of the published implementation. Both in a process of their own.",
     "mala": "One step of all chains in a cycle. Floor: the bare calls for log reward and gradient.",
     "replay": "One insert of a batch and one draw by rank. Memcpy: the rows alone. Sorted array: sorted anew.",
     "weights": "The policy's tensors. Memcpy: their bytes once.",
@@ -93,12 +98,12 @@ def speed_config(flags: BenchFlags) -> RunConfig:
 
 def measure(part: str, config: RunConfig, repeats: int) -> Iterator[Comparison]:
     """The tables of one part, each with components of its own."""
-    learner = build_learner(config, derive_seed(config.seed, "learner"))
+    learner = _learner(config)
     exploration, batch_size = config.exploration.std or 0.0, config.learner.batch_size
-    if part == "rollout":
-        yield bench_rollout(learner, repeats, exploration)
-    elif part == "update":
-        yield bench_update(learner, repeats, exploration)
+    if part in ("rollout", "update"):
+        bench = bench_rollout if part == "rollout" else bench_update
+        with _yardsticks(config) as yardsticks:
+            yield bench(learner, repeats, exploration, yardsticks)
     elif part == "mala":
         yield bench_mala(learner, MalaConfig(chains=batch_size), repeats)
     elif part == "replay":
@@ -107,6 +112,43 @@ def measure(part: str, config: RunConfig, repeats: int) -> Iterator[Comparison]:
         yield bench_weights(learner.policy, repeats)
     else:
         yield from _measure_stream(learner, config, repeats)
+
+
+@contextmanager
+def _yardsticks(config: RunConfig) -> Iterator[Calls]:
+    """Those of `Steps`, in a process of their own.
+
+    They have the heap that a program has by itself, and leave nothing in the heap of what they are compared with.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare, initargs=(config,)) as pool:
+        yield {name: partial(_call_there, pool, name) for name in pool.submit(_names).result()}
+
+
+_prepared: dict[str, Callable[[], object]] = {}
+"""What the process of the yardsticks has."""
+
+
+def _prepare(config: RunConfig) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process answers Ctrl-C
+    torch.set_num_threads(1)
+    _prepared.update(Steps(_learner(config), config.exploration.std or 0.0).yardsticks)
+
+
+def _names() -> list[str]:
+    return list(_prepared)
+
+
+def _call(name: str) -> None:
+    _prepared[name]()
+
+
+def _call_there(pool: ProcessPoolExecutor, name: str) -> None:
+    pool.submit(_call, name).result()
+
+
+def _learner(config: RunConfig) -> Learner:
+    return build_learner(config, derive_seed(config.seed, "learner"))
 
 
 def _measure_stream(learner: Learner, config: RunConfig, repeats: int) -> Iterator[Comparison]:

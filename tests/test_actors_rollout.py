@@ -228,6 +228,7 @@ def test_measures_have_their_slope_at_the_start_too() -> None:
     x = torch.tensor([-7.0, -1.0, -0.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
     value = compressed(x, 4.0)
     torch.testing.assert_close(value, x.sign() * (1.0 + x.abs() / 4.0).log())
+    torch.testing.assert_close(compressed(x.detach(), 4.0), value.detach())
     (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     torch.testing.assert_close(slope, 1.0 / (4.0 + x.abs()))
     assert torch.autograd.grad(slope.sum(), x)[0].isfinite().all()

@@ -17,7 +17,7 @@ from driftstream.envs.targets import make_target, unwrap
 from driftstream.eval.bench_data import SortedArray, bench_decode, bench_replay, bench_weights, make_batch
 from driftstream.eval.bench_floors import Chain, RolloutFloor, UpdateFloor
 from driftstream.eval.bench_naive import NaiveTrajectoryBalance, diffusion_variance_of
-from driftstream.eval.bench_published import PublishedTrajectoryBalance
+from driftstream.eval.bench_published import PublishedTrajectoryBalance, published_policy
 from driftstream.eval.bench_rounds import Comparison, compare, time_rounds
 from driftstream.eval.bench_speed import Steps, bench_mala, bench_rollout, bench_update
 from driftstream.eval.bench_stream import bench_stream
@@ -95,6 +95,18 @@ def test_yardsticks_have_our_paths_loss_and_gradient(
     assert loss.item() == pytest.approx(naive_loss.item(), rel=1e-9)
     for mine, other in zip(gradients, torch.autograd.grad(naive_loss, [*parameters, naive.log_z]), strict=True):
         assert torch.allclose(mine, other, rtol=1e-7, atol=1e-9 * float(loss.detach()))
+
+
+def test_the_published_network_has_outputs_for_a_fixed_variance_too() -> None:
+    learner = small_learner(target="manywell")
+    steps = Steps(learner)
+    assert steps.published.policy.forward_net.joint_net[-1].out_features == 2 * 32  # type: ignore[union-attr]
+    arguments = (learner.log_z, unwrap(learner.target), 1.0, steps.times, 6, 0.0)
+    losses = [
+        PublishedTrajectoryBalance(policy, *arguments, torch.Generator().manual_seed(1)).loss()[0]
+        for policy in (learner.policy, published_policy(learner.policy))
+    ]
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("name", ["naive", "published"])
