@@ -24,7 +24,8 @@ class Target(ABC):
     float64 too, and does without.
     `diffusion_variance` (σ², per unit of time) is a suggestion to the sampler, used where the configuration leaves
     it open. A target whose features differ much in width may have a `noise_range`, the variances of the widest and of
-    a narrow one: a noise that falls with time adds up to the first, and its rate falls by their ratio.
+    a narrow one: a noise that falls with time adds up to the first, and its rate falls by their ratio; annealing
+    starts from Gaussians as narrow, beside a wide one.
     """
 
     name: str = ""
