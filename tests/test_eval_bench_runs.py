@@ -241,9 +241,9 @@ def test_bench_scale_draws_and_prints(
     assert main(f"bench scale {sizes} --out {tmp_path} --json".split()) == 0
     result = json.loads(capsys.readouterr().out)
     (row,) = result["actors"]["sleeping"]["rows"]
-    # A batch of 16 asks for the energy 21 times.
+    # A batch of 16 asks for the energy 21 times; one more of each actor's may fall into the half second or longer.
     assert row["actors"] == 2
-    assert 0.0 < row["trajectories_per_s"] <= 1.2 * 2 * 16 / (21 * 0.02)
+    assert 0.0 < row["trajectories_per_s"] <= 2 * 16 * (1 / (21 * 0.02) + 1 / 0.5)
     assert row["pss_bytes"] > 1e7
     assert [row["dim"] for row in result["dimension"]] == [4, 6]
     assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in result["plots"])
