@@ -23,7 +23,8 @@ from driftstream.eval.bench_naive import NaiveTrajectoryBalance
 class PublishedTrajectoryBalance(NaiveTrajectoryBalance):
     """One update as published: variances as logarithms, and every step written into columns that keep the graph.
 
-    A Gaussian mixture's log density is one multivariate Gaussian after another. The loss is that of
+    A Gaussian mixture's log density is one multivariate Gaussian after another, and the states of Langevin policies
+    keep the graph back to the first, though no parameter is reached through it. The loss is that of
     `NaiveTrajectoryBalance`, twice the published one.
     """
 
