@@ -1,14 +1,19 @@
 """The weights frame: versioned weights in one frame, so that a conflating socket can keep just the newest.
 
-A fixed header (magic, schema, tensor count, checksum of all after it, version, progress, seconds, energy
-evaluations), then per tensor its name, dtype and shape, then zero bytes up to a multiple of 8, then its raw
-little-endian data.
+A fixed header (magic, schema, checksum of all after it, version, progress, seconds, energy evaluations, length of the
+description), the description with every tensor's name, dtype and shape, and the raw little-endian data: that of one
+dtype together, dtypes in the order of `DTYPES` and tensors in that of the description. What has one dtype begins at a
+multiple of 8 bytes, as does the description.
+
+So a snapshot is copied and checked in one pass for each dtype, and a description, which is that of all versions of a
+policy, is written and read but once.
 """
 
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,16 +31,20 @@ from driftstream.buffers.wire import (
 from driftstream.envs.finiteness import is_finite
 
 MAGIC = b"DSTW"
-SCHEMA = 2
+SCHEMA = 3
 ALIGNMENT = 8
 MAX_RANK = 8
-MAX_TENSORS = 10_000
+MAX_DESCRIPTION_BYTES = 2**18
 MAX_TENSOR_NAME_LENGTH = 4 * MAX_NAME_LENGTH
 
 CHECKED = struct.Struct("<4sII")  # magic, schema, checksum of all that follows
-HEADER = struct.Struct("<qddqI4x")  # version, progress, wall_s, energy_evaluations, tensor count
+HEADER = struct.Struct("<qddqI")  # version, progress, wall_s, energy_evaluations, bytes of the description
 TENSOR = struct.Struct("<HBB")  # bytes of the name, dtype code, rank; then the name and the sizes as uint64
+START = CHECKED.size + HEADER.size
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+
+Entry = tuple[str, int, tuple[int, ...]]
+"""A tensor's name, the place of its dtype in `DTYPES`, and its shape."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class WeightSnapshot:
     """Weights at learner step `version`, with what travels beside them.
 
     `progress` is the share of training done, in [0, 1]; `wall_s` and `energy_evaluations` are the run's
-    position when the snapshot was taken. `tensors` holds parameters and buffers by name.
+    position when the snapshot was taken. `tensors` holds parameters and buffers by name, on any device.
     """
 
     version: int
@@ -53,35 +62,30 @@ class WeightSnapshot:
     tensors: Mapping[str, Tensor]
 
 
-def encode_weights(snapshot: WeightSnapshot) -> bytes:
+def encode_weights(snapshot: WeightSnapshot) -> bytearray:
     """One frame with a copy of the snapshot: the weights may change as soon as this returns.
 
     Raises `WireError` for all that `decode_weights` would refuse.
     """
     _check_position(snapshot.version, snapshot.progress, snapshot.wall_s, snapshot.energy_evaluations)
-    parts: list[bytes | memoryview] = [
-        HEADER.pack(
-            snapshot.version,
-            snapshot.progress,
-            snapshot.wall_s,
-            snapshot.energy_evaluations,
-            len(snapshot.tensors),
-        )
-    ]
-    offset = CHECKED.size + HEADER.size
+    groups: dict[int, dict[str, Tensor]] = {}
+    entries: list[Entry] = []
     for name, value in snapshot.tensors.items():
-        tensor = value.detach().cpu().contiguous()
-        encoded = name.encode()
-        if tensor.dtype not in DTYPES or tensor.dim() > MAX_RANK or not 0 < len(encoded) <= MAX_TENSOR_NAME_LENGTH:
-            raise WireError(f"tensor {name!r} of {tensor.dtype}, rank {tensor.dim()} has no place in a weights frame")
-        _check_finite(name, tensor)
-        entry = TENSOR.pack(len(encoded), DTYPES.index(tensor.dtype), tensor.dim()) + encoded
-        entry += struct.pack(f"<{tensor.dim()}Q", *tensor.shape)
-        entry += bytes(-(offset + len(entry)) % ALIGNMENT)
-        parts += [entry, tensor_bytes(tensor)]
-        offset += len(entry) + tensor.nbytes
-    body = b"".join(parts)
-    return CHECKED.pack(MAGIC, SCHEMA, checksum([body])) + body
+        if value.dtype not in DTYPES:
+            raise WireError(f"tensor {name!r} of {value.dtype} has no place in a weights frame")
+        code = DTYPES.index(value.dtype)
+        groups.setdefault(code, {})[name] = value.detach().reshape(-1)
+        entries.append((name, code, tuple(value.shape)))
+    description = _description(tuple(entries))
+    header = (snapshot.version, snapshot.progress, snapshot.wall_s, snapshot.energy_evaluations, len(description))
+    frame = bytearray(CHECKED.size) + HEADER.pack(*header) + description
+    for _, parts in sorted(groups.items()):
+        data = torch.cat(list(parts.values())).cpu()
+        _check_finite(data, parts)
+        frame += bytes(-len(frame) % ALIGNMENT)
+        frame += tensor_bytes(data)
+    CHECKED.pack_into(frame, 0, MAGIC, SCHEMA, checksum([memoryview(frame)[CHECKED.size :]]))
+    return frame
 
 
 def decode_weights(frame: Buffer, limits: WireLimits | None = None) -> WeightSnapshot:
@@ -91,49 +95,77 @@ def decode_weights(frame: Buffer, limits: WireLimits | None = None) -> WeightSna
     """
     limits = limits or WireLimits()
     view = byte_view(frame)
-    if not CHECKED.size + HEADER.size <= len(view) <= limits.max_message_bytes:
+    if not START <= len(view) <= limits.max_message_bytes:
         raise WireError(f"weights frame of {len(view)} bytes: expected up to {limits.max_message_bytes}")
     magic, schema, expected = CHECKED.unpack_from(view)
     if magic != MAGIC or schema != SCHEMA:
         raise WireError(f"not a weights frame of schema version {SCHEMA}")
     if expected != checksum([view[CHECKED.size :]]):
         raise WireError("checksum of the weights frame does not match")
-    version, progress, wall_s, energy_evaluations, count = HEADER.unpack_from(view, CHECKED.size)
+    version, progress, wall_s, energy_evaluations, length = HEADER.unpack_from(view, CHECKED.size)
     _check_position(version, progress, wall_s, energy_evaluations)
-    if count > MAX_TENSORS:
-        raise WireError(f"{count} tensors in a weights frame: at most {MAX_TENSORS}")
-    tensors: dict[str, Tensor] = {}
-    offset = CHECKED.size + HEADER.size
-    for _ in range(count):
-        name, tensor, offset = _read_tensor(view, offset)
-        if name in tensors:
-            raise WireError(f"tensor {name!r} twice in a weights frame")
-        tensors[name] = tensor
+    if length > (most := min(MAX_DESCRIPTION_BYTES, len(view) - START)):
+        raise WireError(f"description of {length} bytes in a weights frame: at most {most}")
+    entries = _entries(bytes(view[START : START + length]))
+    tensors = dict.fromkeys((name for name, _, _ in entries), torch.empty(0))
+    offset = START + length
+    for code in sorted({code for _, code, _ in entries}):
+        offset += -offset % ALIGNMENT
+        shapes = {name: shape for name, other, shape in entries if other == code}
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        end = offset + sum(sizes) * DTYPES[code].itemsize
+        if end > len(view):
+            raise WireError(f"{', '.join(shapes)}: data that reaches beyond its weights frame")
+        data = view_tensor(view[offset:end], DTYPES[code], [sum(sizes)])
+        parts = dict(zip(shapes, data.split(sizes), strict=True))
+        _check_finite(data, parts)
+        tensors |= {name: part.view(shapes[name]) for name, part in parts.items()}
+        offset = end
     if offset != len(view):
         raise WireError(f"{len(view) - offset} bytes after the last tensor of a weights frame")
     return WeightSnapshot(version, progress, wall_s, energy_evaluations, tensors)
 
 
-def _read_tensor(view: memoryview, offset: int) -> tuple[str, Tensor, int]:
-    """The tensor entry at `offset`: name, tensor, and the offset behind it."""
-    try:
-        name_length, code, rank = TENSOR.unpack_from(view, offset)
-        offset += TENSOR.size
-        if not 0 < name_length <= MAX_TENSOR_NAME_LENGTH or code >= len(DTYPES) or rank > MAX_RANK:
-            raise WireError("tensor entry with a name, dtype or rank that is not allowed")
-        name = str(view[offset : offset + name_length], "utf-8")
-        shape = struct.unpack_from(f"<{rank}Q", view, offset + name_length)
-    except (struct.error, UnicodeDecodeError):
-        raise WireError("weights frame with a damaged tensor entry") from None
-    offset += name_length + 8 * rank
-    offset += -offset % ALIGNMENT
-    end = offset + math.prod(shape) * DTYPES[code].itemsize
-    # The strides of an empty tensor must fit their integers too.
-    if end > len(view) or math.prod(max(size, 1) for size in shape) > MAX_INTEGER:
-        raise WireError(f"tensor {name!r} of shape {shape} reaches beyond its weights frame")
-    tensor = view_tensor(view[offset:end], DTYPES[code], shape)
-    _check_finite(name, tensor)
-    return name, tensor, end
+def _describe(entries: tuple[Entry, ...]) -> bytes:
+    """The description of tensors, which `_read_entries` reads; raises `WireError` for what it would refuse."""
+    parts = []
+    for name, code, shape in entries:
+        encoded = name.encode()
+        if len(shape) > MAX_RANK or not 0 < len(encoded) <= MAX_TENSOR_NAME_LENGTH:
+            raise WireError(f"tensor {name!r} of rank {len(shape)} has no place in a weights frame")
+        parts += [TENSOR.pack(len(encoded), code, len(shape)), encoded, struct.pack(f"<{len(shape)}Q", *shape)]
+    description = b"".join(parts)
+    if len(description) > MAX_DESCRIPTION_BYTES:
+        raise WireError(f"description of {len(description)} bytes in a weights frame: at most {MAX_DESCRIPTION_BYTES}")
+    return description
+
+
+def _read_entries(description: bytes) -> tuple[Entry, ...]:
+    """The tensors that a description names, in its order."""
+    entries: dict[str, Entry] = {}
+    offset = 0
+    while offset < len(description):
+        try:
+            name_length, code, rank = TENSOR.unpack_from(description, offset)
+            offset += TENSOR.size
+            if not 0 < name_length <= MAX_TENSOR_NAME_LENGTH or code >= len(DTYPES) or rank > MAX_RANK:
+                raise WireError("tensor entry with a name, dtype or rank that is not allowed")
+            name = str(description[offset : offset + name_length], "utf-8")
+            shape = struct.unpack_from(f"<{rank}Q", description, offset + name_length)
+        except (struct.error, UnicodeDecodeError):
+            raise WireError("weights frame with a damaged tensor entry") from None
+        if name in entries:
+            raise WireError(f"tensor {name!r} twice in a weights frame")
+        # The strides of an empty tensor must fit their integers too.
+        if math.prod(max(size, 1) for size in shape) > MAX_INTEGER:
+            raise WireError(f"tensor {name!r} of shape {shape} reaches beyond its weights frame")
+        offset += name_length + 8 * rank
+        entries[name] = (name, code, shape)
+    return tuple(entries.values())
+
+
+# Every version of a policy has the same description.
+_description, _entries = lru_cache(maxsize=2)(_describe), lru_cache(maxsize=2)(_read_entries)
 
 
 def _check_position(version: int, progress: float, wall_s: float, energy_evaluations: int) -> None:
@@ -143,6 +175,8 @@ def _check_position(version: int, progress: float, wall_s: float, energy_evaluat
         raise WireError(f"progress {progress}, wall_s {wall_s}: expected [0, 1] and a finite time")
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not is_finite(tensor):
+def _check_finite(data: Tensor, parts: Mapping[str, Tensor]) -> None:
+    """Raise for the first part that is not finite, if `data`, which is all of them, is not."""
+    if data.is_floating_point() and not is_finite(data):
+        name = next(name for name, part in parts.items() if not is_finite(part))
         raise WireError(f"weights {name!r} hold a value that is not finite")

@@ -34,7 +34,7 @@ _NUMBERS = ("epoch", "sequence", "policy_version", "checksum")
 _FIELDS = ("magic", "schema", "kind", "sender", "counters", "tensors", *_NUMBERS)
 _NO_HEADERS = (b"", b"null", b"[]", b"3", b'"driftstream"', b"{}", b"-Infinity", b"\x80\x04\x95")
 _NOT_FINITE = tuple(struct.pack("<f", value) for value in (math.nan, math.inf, -math.inf))
-_WRONG = (None, "head", "count", "fixed", "fixed", "name", "name", "shape", "size", "data")
+_WRONG = (None, "head", "length", "fixed", "fixed", "name", "name", "shape", "size", "data")
 
 Header = dict[str, Any]
 Payload = list[bytes]
@@ -286,17 +286,20 @@ def _described(name: str, tensor: Tensor) -> Entry:
 def mutate_weights(random: Random, entries: Sequence[Entry]) -> bytes:
     """A weights frame of tensors, written with up to one field that is not theirs, then damaged byte by byte or not."""
     wrong = random.choice(_WRONG)
-    head: list[Any] = [7, 0.25, 3.5, 10**12, len(entries)]
+    chosen = random.randrange(len(entries)) if entries else None
+    described, groups = b"", dict[int, bytes]()
+    for index, entry in enumerate(entries):
+        description, data = _weights_entry(random, entry, wrong if index == chosen else None)
+        described += description
+        groups[entry[1]] = groups.get(entry[1], b"") + data
+    head: list[Any] = [7, 0.25, 3.5, 10**12, len(described)]
     if wrong == "head":
         place = random.randrange(4)
         head[place] = random.choice((*_FLOATS, -0.1, 1.1) if place in (1, 2) else (-1, 0, 2**63 - 1, -(2**63)))
-    elif wrong == "count":
-        head[4] = random.choice((0, 1, head[4] + 1, weights_wire.MAX_TENSORS + 1, 2**32 - 1))
-    body = weights_wire.HEADER.pack(*head)
-    chosen = random.randrange(len(entries)) if entries else None
-    for index, entry in enumerate(entries):
-        described, data = _weights_entry(random, entry, wrong if index == chosen else None)
-        body += described
+    elif wrong == "length":
+        head[4] = random.choice((0, 1, head[4] + 1, 2**32 - 1))
+    body = weights_wire.HEADER.pack(*head) + described
+    for _, data in sorted(groups.items()):
         body += bytes(-(weights_wire.CHECKED.size + len(body)) % weights_wire.ALIGNMENT) + data
     if random.random() < 0.4:
         body = mutate_bytes(random, body)
@@ -308,7 +311,7 @@ def mutate_weights(random: Random, entries: Sequence[Entry]) -> bytes:
 
 
 def _weights_entry(random: Random, entry: Entry, wrong: str | None) -> tuple[bytes, bytes]:
-    """What stands before a tensor's data, and the data."""
+    """A tensor's description, and its data."""
     name, code, sizes, data = entry
     fixed = [len(name), code, len(sizes)]
     match wrong:

@@ -504,6 +504,7 @@ def test_a_name_twice_is_refused() -> None:
         {"tensors": {"w": torch.ones([1] * 9)}},
         {"tensors": {"": torch.ones(1)}},
         {"tensors": {"w" * 300: torch.ones(1)}},
+        {"tensors": {f"{i:0200}": torch.ones(1) for i in range(1_300)}},
     ],
 )
 def test_weights_that_a_decoder_would_refuse_are_not_sent(changes: dict[str, Any]) -> None:
