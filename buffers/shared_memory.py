@@ -14,6 +14,7 @@ travel through the socket.
 """
 
 import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -22,6 +23,8 @@ from collections.abc import Mapping, Sequence
 
 from driftstream.buffers.checks import MAX_INTEGER, is_integer
 from driftstream.buffers.wire import Buffer, WireError, byte_view
+
+logger = logging.getLogger(__name__)
 
 MAGIC = b"DSTS"
 SHARED_FROM_BYTES = 2**16
@@ -126,15 +129,40 @@ class MappedMemory:
         return payload
 
 
-def address_in(counters: Mapping[str, int | float]) -> dict[str, int | float] | None:
-    """The address of a memory among the counters of a hello, if there is one."""
-    address = {name: value for name, value in counters.items() if name.startswith("memory_")}
-    return address or None
+class MappedMemories:
+    """The learner's side of every sender's memory, by the sender's connection."""
 
+    def __init__(self) -> None:
+        self._memories: dict[bytes, MappedMemory] = {}
 
-def is_locator(frame: Buffer) -> bool:
-    """Whether a frame is a locator (a header begins with a brace)."""
-    return bytes(byte_view(frame)[: len(MAGIC)]) == MAGIC
+    def __contains__(self, connection: bytes | None) -> bool:
+        return connection in self._memories
+
+    def share(self, connection: bytes, counters: Mapping[str, int | float]) -> None:
+        """Map the memory that the counters of a hello offer; without one, batches come through the socket."""
+        address = {name: value for name, value in counters.items() if name.startswith("memory_")}
+        known = self._memories.get(connection)
+        if not address or (known is not None and known.address == address):
+            return
+        self.forget(connection)
+        try:
+            self._memories[connection] = MappedMemory(address)
+        except (OSError, ValueError) as error:
+            logger.debug("no shared memory: %s", error)
+
+    def forget(self, connection: bytes) -> None:
+        """Let go of a connection's memory; tensors in it keep it mapped."""
+        self._memories.pop(connection, None)
+
+    def locate(self, connection: bytes, frames: Sequence[Buffer]) -> Sequence[Buffer] | None:
+        """Header and tensors of a message; None where they are in a memory that is not known (any more)."""
+        if not frames or bytes(byte_view(frames[0])[: len(MAGIC)]) != MAGIC:
+            return frames  # a header begins with a brace
+        memory = self._memories.get(connection)
+        if memory is None:
+            return None
+        locator, *header = frames
+        return [*header, *memory.payload(locator)]
 
 
 def _name(token: int) -> str:

@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from itertools import islice
 from typing import Self
 
@@ -14,14 +13,16 @@ from torch import Tensor
 from driftstream.buffers import sockets
 from driftstream.buffers.checks import is_integer
 from driftstream.buffers.credits import Arrival, CreditLedger
-from driftstream.buffers.shared_memory import MappedMemory, address_in, is_locator
+from driftstream.buffers.shared_memory import MappedMemories
 from driftstream.buffers.stream_config import SeedRequest, StreamConfig, StreamError
-from driftstream.buffers.wire import Buffer, Message, WireError, WireLimits, decode, encode
+from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode
 from driftstream.envs.errors import require
 
 logger = logging.getLogger(__name__)
 
-_TURN_S = 0.5
+IDLE_S = 0.05
+"""After so long without a call the server's own thread serves the senders."""
+_LOOK_S = 0.5
 _MESSAGES_PER_TURN = 64
 _MAX_SENDERS = 4096
 _MAX_SEQUENCE = 2**53
@@ -29,7 +30,10 @@ _LOGGED_REJECTIONS = 10
 
 
 class StreamServer:
-    """Receives batches in a thread of its own; the learner takes and releases them.
+    """Receives batches; the learner takes and releases them.
+
+    Whoever calls receives and answers, in its own thread: another one would compete with the learner's updates for the
+    interpreter, and come late. That of the server steps in only while nobody calls, as in a long update.
 
     `max_outstanding` is the width of the ticket window over all actors (default: what `config.max_staleness`
     allows at one fresh batch a step). `version` is the policy version that the first batches may be made
@@ -55,7 +59,7 @@ class StreamServer:
         self._terminals: deque[Message] = deque()
         self._requests: dict[str, SeedRequest] = {}
         self._identities: dict[str, bytes] = {}
-        self._memories: dict[bytes, MappedMemory] = {}
+        self._memories = MappedMemories()
         self._hellos: dict[str, int] = {}
         self._refused_in_a_row: dict[bytes, int] = {}
         self._dropped: dict[str, str] = {}
@@ -66,19 +70,25 @@ class StreamServer:
         )
         self._failure: str | None = None
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._serving = threading.Lock()  # taken before the other one; its holder alone touches the sockets
+        self._served_at = self._looked_at = time.monotonic()
+        self._leave = threading.Event()
         self._context: zmq.Context = zmq.Context()
         self._router = sockets.make_socket(self._context, zmq.ROUTER, self._limits.max_message_bytes)
         self._router.router_mandatory = 1  # a send to a connection that is gone says so
         self._router.rcvhwm = config.credits + 8
         self._waker = sockets.Waker(self._context)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._waker.socket, zmq.POLLIN)
         try:
             self._gate = sockets.bind(self._router, endpoint)
         except Exception:
             self._close_sockets()
             raise
         self.endpoint = self._gate.endpoint
-        self._thread = threading.Thread(target=self._run, name="stream-server", daemon=True)
+        self._thread = threading.Thread(target=self._stand_in, name="stream-server", daemon=True)
         self._thread.start()
 
     def take(self, timeout_s: float) -> Message | None:
@@ -86,18 +96,22 @@ class StreamServer:
 
         Its tensors may be memory that the sender writes to again once the batch is released: use or copy them before.
         None too, early, when an actor asks for states: its batch may be the next one.
-        Raises `StreamError` when nothing more is to be expected: the ingest thread failed.
+        Raises `StreamError` when nothing more is to be expected: receiving failed.
         """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._trajectories or self._failure or self._closed or self._actor_asks(), timeout_s
-            )
-            self._raise_failure()
-            return self._trajectories.popleft() if self._trajectories else None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._serve(deadline)
+            with self._lock:
+                self._raise_failure()
+                if self._trajectories:
+                    return self._trajectories.popleft()
+                if self._awaited() or time.monotonic() >= deadline:
+                    return None
 
     def take_terminals(self) -> list[Message]:
         """All batches of terminal states that have arrived, oldest first; `release` each once stored."""
-        with self._changed:
+        self._serve()
+        with self._lock:
             self._raise_failure()
             taken = list(self._terminals)
             self._terminals.clear()
@@ -111,7 +125,7 @@ class StreamServer:
         `version` is the newest *published* policy version: batches begun from now on are made with it or a
         newer one. In lock-step (`max_staleness` 0) publish the weights that this batch led to first.
         """
-        with self._changed:
+        with self._lock:
             self._version = version
             self._ledger.consume(message.sender, message.epoch, message.sequence)
             self._due.add(message.sender)
@@ -121,11 +135,11 @@ class StreamServer:
                     self._strike(identity, refused)
                 else:
                     self._refused_in_a_row.pop(identity, None)
-            self._wake()
+        self._serve()
 
     def seed_requests(self) -> list[SeedRequest]:
         """The requests that `send_seeds` has not answered yet, at most one (the latest) per sender."""
-        with self._changed:
+        with self._lock:
             return list(self._requests.values())
 
     def send_seeds(self, request: SeedRequest, terminal: Tensor, log_reward: Tensor, version: int) -> None:
@@ -133,27 +147,28 @@ class StreamServer:
         tensors = {"terminal": terminal, "log_reward": log_reward}
         message = Message("seeds", request.sender, request.epoch, request.sequence, version, {}, tensors)
         frames = encode(message, self._limits)
-        with self._changed:
+        with self._lock:
             if self._requests.get(request.sender) == request:
                 del self._requests[request.sender]
             self._outbox.append((request.sender, frames))
-            self._wake()
+        self._serve()
 
     def dropped(self) -> dict[str, str]:
         """The senders dropped since last asked, and why."""
-        with self._changed:
+        with self._lock:
             dropped, self._dropped = self._dropped, {}
             return dropped
 
     def forget(self, sender: str) -> None:
         """Give a sender's unused tickets to others, as if its connection were lost; what arrived remains."""
-        with self._changed:
+        with self._lock:
             self._disconnect(sender, self._identities.get(sender))
-            self._wake()
+        self._serve()
 
     def counters(self) -> dict[str, int]:
         """Totals since the start (`rejected`, `duplicates`, `out_of_order`, `received_*`), present depths."""
-        with self._changed:
+        self._serve()
+        with self._lock:
             return {
                 **self._counters,
                 "queue_depth": len(self._trajectories),
@@ -165,14 +180,16 @@ class StreamServer:
 
     def close(self) -> None:
         """End the thread and close the sockets, within about a second; waiting `take` calls return None."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._waker.wake()
-            self._changed.notify_all()
+        self._leave.set()
         self._thread.join()
-        self._close_sockets()
+        self._serve(time.monotonic() + _LOOK_S)  # whatever was released before is still answered
+        with self._serving:
+            self._close_sockets()
 
     def __enter__(self) -> Self:
         return self
@@ -184,58 +201,74 @@ class StreamServer:
         self._waker.close()
         sockets.close(self._context, self._router)
 
-    def _actor_asks(self) -> bool:
-        return any(request.from_actor for request in self._requests.values())
-
-    def _wake(self) -> None:
-        if not self._closed:
-            self._waker.wake()
+    def _awaited(self) -> bool:
+        """Whether there is something that a call of `take` waits for; under the lock."""
+        asked = any(request.from_actor for request in self._requests.values())
+        return bool(self._trajectories or self._failure or self._closed or asked)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise StreamError(self._failure)
 
-    # From here on: the ingest thread, which alone touches the ROUTER socket.
+    def _serve(self, until: float = 0.0) -> None:
+        """Receive and answer what there is; with nothing to take, wait for something to come until then.
 
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._waker.socket, zmq.POLLIN)
-        next_look = time.monotonic() + _TURN_S
+        Where another thread does so, that one is woken, and answers.
+        """
+        if not self._serving.acquire(timeout=max(0.0, until - time.monotonic())):
+            with self._lock:
+                if not self._closed:
+                    self._waker.wake()
+            return
         try:
-            closed = False
-            while not closed:
-                # Read first: whatever was released before closing is still answered in this turn.
-                closed = self._closed
-                poller.poll(0 if closed else sockets.remaining_ms(next_look))
+            if self._router.closed or self._failure is not None:
+                return
+            self._turn()
+            with self._lock:
+                waits = not self._awaited()
+            if waits and time.monotonic() < until:
+                self._poller.poll(sockets.remaining_ms(min(until, self._looked_at + _LOOK_S)))
                 self._waker.clear()
-                for frames in islice(sockets.drain(self._router), _MESSAGES_PER_TURN):
-                    self._take_in(frames[0].bytes, frames[1:])
-                if time.monotonic() >= next_look:
-                    next_look = time.monotonic() + _TURN_S
-                    with self._changed:
-                        self._due.update(self._ledger.blocking())
-                self._answer()
+                self._turn()
         except Exception as error:
-            logger.exception("the ingest thread failed")
-            with self._changed:
-                self._failure = f"the ingest thread failed: {error!r}"
-                self._changed.notify_all()
+            logger.exception("receiving failed")
+            self._failure = f"receiving failed: {error!r}"
+        finally:
+            self._serving.release()
+
+    def _stand_in(self) -> None:
+        """Serve while nobody calls."""
+        while not self._leave.wait(IDLE_S):
+            if time.monotonic() - self._served_at >= IDLE_S:
+                self._serve()
+
+    # From here on: whoever serves.
+
+    def _turn(self) -> None:
+        """Receive, and answer."""
+        for frames in islice(sockets.drain(self._router), _MESSAGES_PER_TURN):
+            self._take_in(frames[0].bytes, frames[1:])
+        self._served_at = time.monotonic()
+        if self._served_at >= self._looked_at + _LOOK_S:
+            self._looked_at = self._served_at
+            with self._lock:
+                self._due.update(self._ledger.blocking())
+        self._answer()
 
     def _take_in(self, identity: bytes, frames: list[zmq.Frame]) -> None:
         if self._refused_in_a_row.get(identity, 0) >= self._config.reject_threshold:
-            with self._changed:
+            with self._lock:
                 self._counters["rejected"] += 1
             return
         try:
-            located = self._locate(identity, frames)
+            located = self._memories.locate(identity, frames)
             if located is None:
                 # The sender says hello and sends it again.
-                with self._changed:
+                with self._lock:
                     self._counters["out_of_order"] += 1
                 return
             message = decode(located, self._limits)
-            with self._changed:
+            with self._lock:
                 match message.kind:
                     case "hello":
                         self._take_hello(identity, message)
@@ -247,18 +280,8 @@ class StreamServer:
                     case _:
                         raise WireError(f"{message.kind} is not for the learner")
         except WireError as error:
-            with self._changed:
+            with self._lock:
                 self._refuse(identity, str(error))
-
-    def _locate(self, identity: bytes, frames: Sequence[Buffer]) -> Sequence[Buffer] | None:
-        """Header and tensors of a message; None where they are in a memory that is not known (any more)."""
-        if not frames or not is_locator(frames[0]):
-            return frames
-        memory = self._memories.get(identity)
-        if memory is None:
-            return None
-        locator, *header = frames
-        return [*header, *memory.payload(locator)]
 
     def _take_hello(self, identity: bytes, hello: Message) -> None:
         position = [hello.counters.get(name) for name in ("paced", "acknowledged", "sent", "granted")]
@@ -277,21 +300,12 @@ class StreamServer:
             raise WireError(f"{hello.sender} contradicts its stream of epoch {hello.epoch}; a restart needs a new one")
         former = self._identities.get(hello.sender)
         if former is not None and former != identity:
-            self._memories.pop(former, None)
+            self._memories.forget(former)
         self._identities[hello.sender] = identity
         self._hellos[hello.sender] = hello.sequence
-        self._share(identity, address_in(hello.counters))
+        if self.endpoint.startswith("ipc:"):
+            self._memories.share(identity, hello.counters)
         self._due.add(hello.sender)
-
-    def _share(self, identity: bytes, address: dict[str, int | float] | None) -> None:
-        """Map the memory that a sender of this machine offers; without it batches come through the socket."""
-        if address is None or not self.endpoint.startswith("ipc:"):
-            return
-        known = self._memories.pop(identity, None)
-        try:
-            self._memories[identity] = known if known and known.address == address else MappedMemory(address)
-        except (OSError, ValueError) as error:
-            logger.debug("no shared memory with %s: %s", self._name(identity), error)
 
     def _take_batch(self, batch: Message) -> None:
         sender = self._ledger.senders.get(batch.sender)
@@ -305,7 +319,6 @@ class StreamServer:
         if arrival is Arrival.NEW:
             (self._trajectories if sender.paced else self._terminals).append(batch)
             self._counters["received_batches"] += 1
-            self._changed.notify_all()
         else:
             self._counters["duplicates" if arrival is Arrival.DUPLICATE else "out_of_order"] += 1
 
@@ -318,7 +331,6 @@ class StreamServer:
             self._requests[request.sender] = SeedRequest(
                 request.sender, n, request.epoch, request.sequence, from_actor=sender.paced
             )
-            self._changed.notify_all()
 
     def _refuse(self, identity: bytes, reason: str) -> None:
         self._counters["rejected"] += 1
@@ -344,7 +356,7 @@ class StreamServer:
     def _answer(self) -> None:
         """Send what is due: credits to senders whose position changed, and seeds."""
         while True:
-            with self._changed:
+            with self._lock:
                 due = (self._due | self._ledger.grant()) & self._identities.keys()
                 outgoing = [*self._outbox, *((name, self._credit(name)) for name in due)]
                 routes = dict(self._identities)
@@ -353,7 +365,7 @@ class StreamServer:
             gone = {name for name, frames in outgoing if name in routes and not self._send(routes[name], frames)}
             if not gone:
                 return
-            with self._changed:
+            with self._lock:
                 for name in gone:
                     self._disconnect(name, routes[name])
 
@@ -380,6 +392,6 @@ class StreamServer:
     def _disconnect(self, name: str, identity: bytes | None) -> None:
         if identity is not None and self._identities.get(name) == identity:
             del self._identities[name]
-            self._memories.pop(identity, None)
+            self._memories.forget(identity)
             self._requests.pop(name, None)
             self._ledger.disconnect(name)

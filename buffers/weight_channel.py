@@ -4,7 +4,7 @@ Why a PUB socket, which may drop, is enough: a snapshot supersedes all before it
 one made again after a lost connection) is answered with the newest snapshot, and the publisher's queue is far from
 full at one frame a publication. A subscriber conflates: it holds one frame, the newest, however slow it is. But a
 conflating socket drops a frame that arrives in the very moment in which it is read (libzmq writes only if the lock
-is free), so the newest snapshot is sent again whenever nothing was published for a tenth of a second. So whoever is
+is free), so the newest snapshot is sent again whenever nothing was published for a while. So whoever is
 connected ends up with the newest weights, and memory stays at one frame each.
 """
 
@@ -18,28 +18,28 @@ from driftstream.buffers import sockets
 from driftstream.buffers.weights_wire import WeightSnapshot, decode_weights, encode_weights
 from driftstream.buffers.wire import WireError, WireLimits
 
-REPEAT_MS = 100
+TURN_S = 0.05
+"""How often late joiners are looked for, and for how long nothing was published when the newest is sent again."""
 MAX_SUBSCRIPTION_BYTES = 1024
 
 
 class WeightPublisher:
-    """Publishes weight snapshots from its own thread, which serves late joiners between publications."""
+    """Publishes weight snapshots; a thread serves late joiners between publications."""
 
     def __init__(self, endpoint: str) -> None:
-        self._newest: bytes | None = None
-        self._unsent = False
-        self._closed = False
-        self._lock = threading.Lock()
+        self._newest: bytearray | None = None
+        self._sent = False
+        self._leave = threading.Event()
+        self._lock = threading.Lock()  # its holder alone touches the socket
         self._context: zmq.Context = zmq.Context()
         self._socket = sockets.make_socket(self._context, zmq.XPUB, MAX_SUBSCRIPTION_BYTES)
         # VERBOSE reports repeated subscriptions too. The high-water mark stays at its default: with 1 the
         # newest version is what gets dropped.
         self._socket.xpub_verbose = 1
-        self._waker = sockets.Waker(self._context)
         try:
             self.endpoint = sockets.bind(self._socket, endpoint).endpoint
         except Exception:
-            self._close_sockets()
+            sockets.close(self._context, self._socket)
             raise
         self._thread = threading.Thread(target=self._run, name="weight-publisher", daemon=True)
         self._thread.start()
@@ -52,19 +52,18 @@ class WeightPublisher:
         """
         frame = encode_weights(snapshot)
         with self._lock:
-            if not self._closed:
-                self._newest, self._unsent = frame, True
-                self._waker.wake()
+            if not self._leave.is_set():
+                self._newest, self._sent = frame, True
+                sockets.send_now(self._socket, [frame])
 
     def close(self) -> None:
-        """End the thread and close the sockets, within half a second."""
+        """End the thread and close the socket, within half a second."""
         with self._lock:
-            if self._closed:
+            if self._leave.is_set():
                 return
-            self._closed = True
-            self._waker.wake()
+            self._leave.set()
         self._thread.join()
-        self._close_sockets()
+        sockets.close(self._context, self._socket)
 
     def __enter__(self) -> Self:
         return self
@@ -72,26 +71,13 @@ class WeightPublisher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _close_sockets(self) -> None:
-        self._waker.close()
-        sockets.close(self._context, self._socket)
-
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._waker.socket, zmq.POLLIN)
-        while True:
-            idle = not poller.poll(REPEAT_MS)
-            self._waker.clear()
-            subscriptions = [frames for frames in sockets.drain(self._socket, copy=True) if frames[0][:1] == b"\x01"]
+        while not self._leave.wait(TURN_S):
             with self._lock:
-                frame = self._newest if subscriptions or self._unsent or idle else None
-                self._unsent = False
-                closed = self._closed
-            if frame is not None:
-                sockets.send_now(self._socket, [frame])
-            if closed:
-                return
+                subscribes = [frames[0][:1] == b"\x01" for frames in sockets.drain(self._socket, copy=True)]
+                if self._newest is not None and (any(subscribes) or not self._sent):
+                    sockets.send_now(self._socket, [self._newest])
+                self._sent = False
 
 
 class WeightSubscriber:

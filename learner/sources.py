@@ -211,7 +211,9 @@ class StreamSource:
             if ("scores" in tensors) != self._policy.langevin:
                 raise TrajectoryError("'scores' are for policies that use them, and needed there")
             trajectories = make_trajectories(**tensors)
-            validate_trajectories(trajectories, self._policy.dim)
+            # All values were finite when they arrived.
+            converted = [name for name, value in message.tensors.items() if value.dtype != self._like.dtype]
+            validate_trajectories(trajectories, self._policy.dim, finite=converted)
             return trajectories
         except TrajectoryError as error:
             self._reason = str(error)

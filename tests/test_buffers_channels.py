@@ -17,7 +17,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driftstream.buffers import stream_client
+from driftstream.buffers import stream_client, stream_server
 from driftstream.buffers.channels import SeedRequest, StreamClient, StreamConfig, StreamError, StreamServer
 from driftstream.buffers.credits import Arrival, CreditLedger
 from driftstream.buffers.wire import Message, WireError, WireLimits, decode, encode
@@ -787,6 +787,74 @@ def test_a_sender_that_is_refused_again_and_again_is_dropped_by_name(stream: Str
     assert server.counters()["senders"] == 0, "nothing more is read from that connection"
     again = stream.client(server, "actor-7", epoch=1)
     assert again.wait_for_credit(SOON_S) is not None, "a new process may try again"
+
+
+# Who serves
+
+
+@pytest.fixture
+def unattended(monkeypatch: pytest.MonkeyPatch, stream: Stream) -> StreamServer:
+    """A server that serves only in calls, as its own thread never steps in."""
+    monkeypatch.setattr(stream_server, "IDLE_S", 1000.0)
+    return stream.server()
+
+
+def test_senders_are_served_while_nobody_calls(stream: Stream) -> None:
+    client = stream.client(stream.server())
+    assert client.wait_for_credit(SOON_S) is not None
+    client.send("trajectories", batch(1), 0)
+    assert client.request_seeds(3, 0.05) is None
+    assert client.unacknowledged == 1
+
+
+def test_calls_alone_serve(stream: Stream, unattended: StreamServer) -> None:
+    client = stream.client(unattended)
+    assert client.wait_for_credit(0.3) is None
+    until(lambda: unattended.counters()["senders"] == 1)
+    assert client.wait_for_credit(SOON_S) is not None
+    client.send("trajectories", batch(1), 0)
+    message = unattended.take(SOON_S)
+    assert value_of(message) == 1
+    unattended.release(message, 1)  # type: ignore[arg-type]
+    assert client.flush(SOON_S)
+    assert client.wait_for_credit(SOON_S) == 1
+
+
+def test_who_waits_answers_for_others(stream: Stream, unattended: StreamServer) -> None:
+    client, refiner = stream.client(unattended), stream.client(unattended, "refiner-0", produces="terminals")
+    taken: list[Message | None] = []
+    waiting = threading.Thread(target=lambda: taken.extend(unattended.take(SOON_S) for _ in range(2)))
+    waiting.start()
+    assert client.wait_for_credit(SOON_S) is not None
+    client.send("trajectories", batch(1), 0)
+    until(lambda: bool(taken))
+    # The other thread waits for its second batch, and holds the sockets.
+    unattended.release(taken[0], 1)  # type: ignore[arg-type]
+    assert client.flush(SOON_S)
+    assert refiner.request_seeds(2, 0.05) is None
+    until(lambda: bool(unattended.seed_requests()))
+    unattended.send_seeds(unattended.seed_requests()[0], torch.zeros(2, 2), torch.zeros(2), 0)
+    assert refiner.request_seeds(2, SOON_S) is not None
+    client.send("trajectories", batch(2), 1)
+    waiting.join()
+    assert [value_of(message) for message in taken] == [1, 2]
+
+
+def test_a_failure_of_receiving_reaches_who_takes(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> Message:
+        raise RuntimeError("broken")
+
+    server = stream.server()
+    monkeypatch.setattr(stream_server, "decode", fail)
+    client = stream.client(server)
+    assert client.wait_for_credit(0.05) is None
+    with pytest.raises(StreamError, match=r"receiving failed: RuntimeError\('broken'\)"):
+        server.take(SOON_S)
+    with pytest.raises(StreamError, match="receiving failed"):
+        server.take_terminals()
+    assert "receiving failed" in caplog.text
 
 
 # Closing

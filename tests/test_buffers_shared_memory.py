@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from driftstream.buffers import shared_memory, stream_client, stream_server
+from driftstream.buffers import shared_memory, stream_client
 from driftstream.buffers.channels import StreamClient, StreamConfig, StreamServer
 from driftstream.buffers.shared_memory import MAGIC, MappedMemory, SlotMemory
 from driftstream.buffers.wire import Message, WireError, encode
@@ -206,7 +206,7 @@ def test_what_one_learner_had_in_memory_reaches_one_that_cannot_map_it(
         with StreamServer(endpoint, config) as server:
             send(client, 1.0)
             assert is_shared(server.take(SOON_S))
-        monkeypatch.setattr(stream_server, "MappedMemory", _refuse)
+        monkeypatch.setattr(shared_memory, "MappedMemory", _refuse)
         with StreamServer(endpoint, config) as server:
             message = None
             while message is None:
