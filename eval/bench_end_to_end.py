@@ -1,19 +1,21 @@
-"""The learner's pace in a run, beside the pace of the same learner fed from memory."""
+"""The learner's pace in a run: beside that of the same learner fed from memory, and beside steps of one process."""
 
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from driftstream.actors.actor import Actor
 from driftstream.actors.refiner import Refiner
-from driftstream.eval.bench_run import Pace, Rows, bench_run, delay_s, learner_reports, pace
+from driftstream.eval.bench_rounds import time_rounds
+from driftstream.eval.bench_run import BenchRun, Pace, Rows, bench_run, delay_s, learner_reports, pace
 from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer
 from driftstream.learner.learner import Learner
 from driftstream.learner.limits import Budget, LimitsConfig
@@ -23,6 +25,7 @@ from driftstream.learner.sources import DrawSeeds, FreshBatch, LocalSource
 BATCHES, CYCLES = 16, 2
 """What is made in advance, and used in turn."""
 WARM_UP_S = 3.0
+YARDSTICK_STEPS = 4
 START_S = 120.0
 
 
@@ -55,6 +58,23 @@ class Round:
         that does nothing else, says what a run reaches.
         """
         return self.rate * (1.0 - self.memory_delay) / (1.0 - self.stream_delay)
+
+
+@dataclass(frozen=True)
+class StepRound:
+    """One round: the learner's pace in a run, and the seconds of a step of every yardstick."""
+
+    stream: Pace
+    yardsticks: dict[str, float]
+
+    @property
+    def step_s(self) -> float:
+        """Seconds from one update of the run to the next."""
+        return 1.0 / self.stream.updates_per_s
+
+    def speed_up(self, yardstick: str) -> float:
+        """How many steps the run makes in the time of one of the yardstick's."""
+        return self.yardsticks[yardstick] / self.step_s
 
 
 class MemorySource(LocalSource):
@@ -100,8 +120,8 @@ def bench_round(
     with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
         root = Path(folder) / "run"
         with bench_run(command(root), root) as run:
-            # As from memory, the start is not counted: replay fills, and W&B and the evaluator come up.
-            rows = run.wait(lambda rows: _elapsed_s(rows) > WARM_UP_S, START_S)
+            # As from memory, the start is not counted.
+            rows = _warmed_up(run)
             pid = run.roles()["learner"]
             first, before, delayed, since = len(rows) - 1, run.cpu_s(), delay_s(pid), time.monotonic()
             rows = run.wait(lambda rows: _elapsed_s(rows[first:]) > seconds, START_S + 4 * seconds)[first:]
@@ -116,6 +136,27 @@ def bench_round(
     updates = reports[-1]["step"] - reports[0]["step"]
     stream_cpu_s = cores["learner"] * elapsed_s / updates
     return Round(stream, memory, stream_cpu_s, memory_cpu_s, delayed / elapsed_s, memory_delay, cores)
+
+
+def bench_step(
+    command: Callable[[Path], Sequence[str]], yardsticks: Mapping[str, Callable[[], object]], seconds: float
+) -> StepRound:
+    """Measure for so many seconds in the run that `command` starts; the yardsticks before it, and again after it."""
+    halves = [time_rounds(yardsticks, YARDSTICK_STEPS)]
+    with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
+        root = Path(folder) / "run"
+        with bench_run(command(root), root) as run:
+            first = len(_warmed_up(run)) - 1
+            rows = run.wait(lambda rows: _elapsed_s(rows[first:]) > seconds, START_S + 4 * seconds)[first:]
+    halves.append(time_rounds(yardsticks, YARDSTICK_STEPS))
+    return StepRound(
+        pace(rows), {name: float(torch.cat([half[name] for half in halves]).mean()) for name in yardsticks}
+    )
+
+
+def _warmed_up(run: BenchRun) -> Rows:
+    """The rows of a run whose start is over: replay fills, and W&B and the evaluator come up."""
+    return run.wait(lambda rows: _elapsed_s(rows) > WARM_UP_S, START_S)
 
 
 def pace_from_memory(

@@ -1,4 +1,4 @@
-"""`driftstream bench start|end-to-end|scale`: what whole runs take, in processes of their own. Minutes each."""
+"""`driftstream bench start|end-to-end|step|scale`: what whole runs take, in processes of their own. Minutes each."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from driftstream.eval import bench_energies
-from driftstream.eval.bench_end_to_end import Round, bench_round
+from driftstream.eval.bench_end_to_end import Round, StepRound, bench_round, bench_step
 from driftstream.eval.bench_run import RunBenchError
 from driftstream.eval.bench_scale import (
     ActorsRow,
@@ -29,7 +29,7 @@ from driftstream.eval.bench_scale import (
     plot_dimension,
 )
 from driftstream.eval.bench_start import bench_start
-from driftstream.launch.bench_speed import speed_config
+from driftstream.launch.bench_speed import speed_config, speed_method, yardsticks_of
 from driftstream.launch.config import RunConfig, resolve
 from driftstream.launch.flags import BenchFlags, CommandError, UsageError
 from driftstream.launch.methods import load_method
@@ -37,7 +37,7 @@ from driftstream.launch.roles import build_learner, build_local_actors, build_re
 from driftstream.launch.seeding import derive_seed
 from driftstream.launch.start_up import STAGES
 
-PARTS = ("start", "end-to-end", "scale")
+PARTS = ("start", "end-to-end", "step", "scale")
 LONGEST_MIN = 30
 """A run of a bench that was killed ends by itself after so long."""
 ENERGIES = ("Sleeping", "Computing")
@@ -53,6 +53,11 @@ END_TO_END_CAPTION = (
     "no processor, which other programs take, and other roles where processors are few. Cores: how many "
     "processors each role kept busy."
 )
+STEP_CAPTION = (
+    "A step of trajectory balance: from one update of a run to the next, whose actor rolls out while its learner "
+    "updates; and rollout and update one after the other in one process, in a naive and in the published way, timed "
+    "before and after the run. Each process computes with one thread."
+)
 ACTORS_CAPTION = (
     f"Langevin policies of 8 hidden units, T = {ACTORS_STEPS}, batch {ACTORS_BATCH}, no replay: every step asks for "
     "the energy, which takes 20 ms a call, and the learner uses each batch once. Scaling: trajectories/s an actor, "
@@ -67,7 +72,7 @@ Report = tuple[dict[str, Any], list[Table]]
 def runs(flags: BenchFlags, announce: Announce) -> Report:
     """The benchmark that is asked for; its runs end with it, however it ends."""
     _check(flags)
-    measure = {"start": start, "end-to-end": end_to_end, "scale": scale}[flags.what]
+    measure = {"start": start, "end-to-end": end_to_end, "step": step, "scale": scale}[flags.what]
     before = signal.signal(signal.SIGTERM, _end)
     try:
         return measure(flags, announce)
@@ -121,6 +126,39 @@ def end_to_end(flags: BenchFlags, announce: Announce) -> Report:
         "rounds": [asdict(row) | {"rate": row.rate, "undelayed_rate": row.undelayed_rate} for row in rounds],
     }
     return result, [_round_table(target, rounds, seconds)]
+
+
+def step(flags: BenchFlags, announce: Announce) -> Report:
+    """A step of trajectory balance with an actor and a learner, beside whole steps of one process."""
+    repeats, seconds = flags.repeats or 3, flags.seconds or 20.0
+    config = speed_config(flags)
+    settings = {
+        "--method": speed_method(flags),
+        "--device": "cpu",
+        "--sampling-steps": str(config.grid.sampling_steps),
+        "--learner.batch-size": str(config.learner.batch_size),
+    }
+    words = [word for pair in settings.items() for word in pair]
+    rounds: list[StepRound] = []
+    with yardsticks_of(config) as calls:
+        steps = {name: call for name, call in calls.items() if name.endswith(" step")}
+        for index in range(repeats):
+            announce(f"bench step: round {index + 1} of {repeats}")
+
+            def command(root: Path, seed: int = flags.seed + index) -> list[str]:
+                return _train(config.target, root, seed, *words)
+
+            rounds.append(bench_step(command, steps, seconds))
+    result = {
+        **_settings(flags, config.target),
+        "method": speed_method(flags),
+        "repeats": repeats,
+        "seconds": seconds,
+        "step_s": statistics.median(row.step_s for row in rounds),
+        "speed_up": {name: statistics.median(row.speed_up(name) for row in rounds) for name in steps},
+        "rounds": [asdict(row) for row in rounds],
+    }
+    return result, [_step_table(f"{speed_method(flags)} on {config.target}", rounds)]
 
 
 def scale(flags: BenchFlags, announce: Announce) -> Report:
@@ -229,6 +267,18 @@ def _round_table(target: str, rounds: Sequence[Round], seconds: float) -> Table:
     return table
 
 
+def _step_table(what: str, rounds: Sequence[StepRound]) -> Table:
+    table = _table(f"{what}: milliseconds a step", STEP_CAPTION)
+    names = list(rounds[0].yardsticks)
+    for heading in ("step", "wait", *(column for name in names for column in (name, "speed-up"))):
+        table.add_column(heading, justify="right")
+    for row in rounds:
+        cells = [(f"{1e3 * row.yardsticks[name]:.0f}", f"{row.speed_up(name):.2f}") for name in names]
+        wait = f"{row.stream.wait_fraction:.1%}"
+        table.add_row(f"{1e3 * row.step_s:.1f}", wait, *(cell for pair in cells for cell in pair))
+    return table
+
+
 def _actors_table(name: str, rows: Sequence[ActorsRow], seconds: float, caption: str) -> Table:
     title = (
         f"{name} energy: {efficiency(rows):.2f} of linear, {bytes_per_actor(rows) / MEGABYTE:.0f} MB an added actor, "
@@ -280,14 +330,14 @@ def _settings(flags: BenchFlags, target: str) -> dict[str, Any]:
 
 def _check(flags: BenchFlags) -> None:
     """Refuse flags that the benchmark has no use for."""
-    of_scale = flags.what == "scale"
+    of_scale, of_step = flags.what == "scale", flags.what == "step"
     unused = {
-        "--langevin": flags.langevin,
+        "--langevin": flags.langevin and not of_step,
         "--steps": flags.steps is not None,
         "--segment-length": flags.segment_length is not None,
         "--lam": flags.lam is not None,
         "--target": flags.target is not None and of_scale,
-        "--batch-size": flags.batch_size is not None and not of_scale,
+        "--batch-size": flags.batch_size is not None and not (of_scale or of_step),
         "--seconds": flags.seconds is not None and flags.what == "start",
         "--out": flags.out is not None and not of_scale,
     }
@@ -296,7 +346,7 @@ def _check(flags: BenchFlags) -> None:
             raise UsageError(f"{name}: `bench {flags.what}` has no use for it")
     if flags.seconds is not None and not flags.seconds > 0:
         raise UsageError(f"--seconds {flags.seconds:g}: expected a positive number")
-    if of_scale and flags.sampling_steps < 2:
+    if (of_scale or of_step) and flags.sampling_steps < 2:
         raise UsageError(f"--sampling-steps {flags.sampling_steps}: expected at least 2")
 
 

@@ -52,7 +52,7 @@ def speed(flags: BenchFlags, announce: Callable[[str], object]) -> tuple[dict[st
         "steps": "gradients",
         "segment_length": "gradients and objectives",
         "lam": "gradients and objectives",
-        "seconds": "end-to-end and scale",
+        "seconds": "end-to-end, step and scale",
         "out": "scale",
     }
     for name, allowed in of_others.items():
@@ -80,9 +80,14 @@ def speed(flags: BenchFlags, announce: Callable[[str], object]) -> tuple[dict[st
     return {**setting, "parts": {comparison.name: asdict(comparison) for comparison in comparisons}}, tables
 
 
+def speed_method(flags: BenchFlags) -> str:
+    """Name of the method that is measured."""
+    return "tb+expl+lp" if flags.langevin else "tb+expl"
+
+
 def speed_config(flags: BenchFlags) -> RunConfig:
     """The method of the published trajectory balance with exploration, at the sizes asked for."""
-    config = load_method("tb+expl+lp" if flags.langevin else "tb+expl").config
+    config = load_method(speed_method(flags)).config
     batch_size = DEFAULT_BATCH if flags.batch_size is None else flags.batch_size
     config = replace(
         config,
@@ -102,7 +107,7 @@ def measure(part: str, config: RunConfig, repeats: int) -> Iterator[Comparison]:
     exploration, batch_size = config.exploration.std or 0.0, config.learner.batch_size
     if part in ("rollout", "update"):
         bench = bench_rollout if part == "rollout" else bench_update
-        with _yardsticks(config) as yardsticks:
+        with yardsticks_of(config) as yardsticks:
             yield bench(learner, repeats, exploration, yardsticks)
     elif part == "mala":
         yield bench_mala(learner, MalaConfig(chains=batch_size), repeats)
@@ -115,7 +120,7 @@ def measure(part: str, config: RunConfig, repeats: int) -> Iterator[Comparison]:
 
 
 @contextmanager
-def _yardsticks(config: RunConfig) -> Iterator[Calls]:
+def yardsticks_of(config: RunConfig) -> Iterator[Calls]:
     """Those of `Steps`, in a process of their own.
 
     They have the heap that a program has by itself, and leave nothing in the heap of what they are compared with.
@@ -205,4 +210,4 @@ def _figures(figures: Mapping[str, float]) -> str:
     return "".join(f", {text}" for text in size + found)
 
 
-__all__ = ["PARTS", "comparison_table", "measure", "speed", "speed_config"]
+__all__ = ["PARTS", "comparison_table", "measure", "speed", "speed_config", "speed_method", "yardsticks_of"]

@@ -34,7 +34,7 @@ Train diffusion samplers for densities known up to their normaliser.
   driftstream bench gradients                 how noisy the objectives' gradients are
   driftstream bench objectives                what the objectives cost
   driftstream bench all                       what the parts of a run cost, beside what they must cost
-  driftstream bench start                     how long a run takes to its first step; also end-to-end, scale
+  driftstream bench start                     how long a run takes to its first step; also end-to-end, step, scale
   driftstream soak gmm9 --minutes 5           whether a run keeps what is promised while its parts fail
 
 `driftstream COMMAND --help` lists a command's flags.

@@ -169,10 +169,10 @@ class BenchFlags:
     """Measure what a run and its parts cost, or how noisy the objectives' gradients are, on the CPU.
 
     rollout, update, mala, replay, weights and stream are each measured beside a floor, what they cannot do without,
-    and some beside a naive way of doing the same and the published one; all is these six. start, end-to-end and scale
-    measure whole runs, in minutes: the way to the first learner step; the learner with an actor and a refiner beside
-    itself fed from memory; trajectories/s and memory with the number of actors, and a step's with the dimension, both
-    also as plots.
+    and some beside a naive way of doing the same and the published one; all is these six. start, end-to-end, step and
+    scale measure whole runs, in minutes: the way to the first learner step; the learner with an actor and a refiner
+    beside itself fed from memory; a step of learner and actor beside the naive and the published one; trajectories/s
+    and memory with the number of actors, and a step's with the dimension, both also as plots.
     gradients trains a sampler and tabulates every objective's gradient noise at equal cost, before and after;
     objectives tabulates seconds and peak memory of one update.
     """
@@ -190,11 +190,12 @@ class BenchFlags:
             "all",
             "start",
             "end-to-end",
+            "step",
             "scale",
         ],
         Positional,
     ]
-    """rollout, update, mala, replay, weights, stream, all, start, end-to-end, scale, gradients or objectives."""
+    """rollout, update, mala, replay, weights, stream, all, start, end-to-end, step, scale, gradients or objectives."""
     target: Annotated[str | None, arg(metavar="TARGET", help_behavior_hint="(default: manywell; gradients: gmm9)")] = (
         None
     )
@@ -213,7 +214,7 @@ class BenchFlags:
         int | None, arg(metavar="K", help_behavior_hint="(default: 20; gradients: 64; whole runs: 3; scale: 5)")
     ] = None
     """Gradients, or timed rounds, of everything that is compared."""
-    seconds: Annotated[float | None, arg(metavar="X", help_behavior_hint="(end-to-end: 20; scale: 10)")] = None
+    seconds: Annotated[float | None, arg(metavar="X", help_behavior_hint="(end-to-end, step: 20; scale: 10)")] = None
     """How long each run is watched."""
     actors: Annotated[str, arg(metavar="N,N,…")] = "1,2,4,8,16"
     """Numbers of actors, for scale."""

@@ -269,6 +269,22 @@ def test_bench_end_to_end_prints_a_table(capsys: pytest.CaptureFixture[str], mon
     assert all(word in text for word in ("gmm9", "from memory", "wait", "learner", "refiner"))
 
 
+def test_bench_step_compares_a_run_with_steps_of_one_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_end_to_end, "WARM_UP_S", 0.5)
+    sizes = ["--target", "gmm9", "--sampling-steps", "4", "--batch-size", "8"]
+    assert main(["bench", "step", "--langevin", *sizes, "--repeats", "1", "--seconds", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (only,) = found["rounds"]
+    assert (found["target"], found["method"]) == ("gmm9", "tb+expl+lp")
+    assert found["step_s"] == pytest.approx(1.0 / only["stream"]["updates_per_s"])
+    assert only["yardsticks"].keys() == {"naive step", "published step"}
+    for name, seconds in only["yardsticks"].items():
+        assert seconds > 0.0
+        assert found["speed_up"][name] == pytest.approx(seconds / found["step_s"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -278,6 +294,8 @@ def test_bench_end_to_end_prints_a_table(capsys: pytest.CaptureFixture[str], mon
         ("bench end-to-end --batch-size 5", ["--batch-size", "end-to-end"]),
         ("bench end-to-end --seconds 0", ["--seconds 0", "positive"]),
         ("bench end-to-end --target gmm7", ["target = 'gmm7'", "gmm9"]),
+        ("bench step --lam 1", ["--lam", "step"]),
+        ("bench step --sampling-steps 1", ["--sampling-steps 1", "at least 2"]),
         ("bench scale --target gmm9", ["--target", "scale"]),
         ("bench scale --actors 1,x", ["--actors 1,x", "1,2,4"]),
         ("bench scale --dims 0", ["--dims 0", "positive"]),
