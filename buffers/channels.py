@@ -34,13 +34,13 @@ Large batches are not copied through the socket
     tensors are. They are checked as those that come in frames, and nothing of the protocol changes, but that what the
     learner takes is its own only until it releases it.
 
-Nothing waits for the learner, and the learner for no thread
-    Its calls receive and answer in passing: a credit leaves with the `release` that it follows from. In a long update
-    a thread does so twenty times a second.
+Nobody waits for a thread of the learner's, nor for its updates
+    The calls of `StreamServer` receive and answer on the way: a credit leaves with the `release` that it follows from.
+    While nobody calls, as in a long update, a thread does so twenty times a second.
 
 Staleness is bounded, and nothing hangs on the dead
     Trajectories need a ticket from one window over all actors (see `credits`). A ticket held by a process
-    whose connection is gone is taken back within half a second and given to another; a sender that is only
+    whose connection is gone is taken back within half a second or so and given to another; a sender that is only
     cut off gets its own back with its next hello. All waits have a time-out, all sockets a bounded linger.
 """
 

@@ -138,7 +138,7 @@ def send_now(socket: Any, frames: list[Any]) -> bool:
 
 
 class Waker:
-    """Wakes one thread that polls `socket`; `wake` may be called under a lock from any thread."""
+    """Wakes whoever polls `socket`; `wake` may be called under a lock from any thread."""
 
     def __init__(self, context: zmq.Context) -> None:
         self.socket = context.socket(zmq.PAIR)
@@ -148,18 +148,18 @@ class Waker:
         self._sender.connect(name)
 
     def wake(self) -> None:
-        """Make the thread's poll return; the caller holds the lock that guards this waker."""
+        """Make a poll return, the present one or the next; the caller holds the lock that guards this waker."""
         # A full pipe holds enough wake-ups already.
         with contextlib.suppress(zmq.Again):
             self._sender.send(b"", zmq.NOBLOCK)
 
     def clear(self) -> None:
-        """Forget the wake-ups so far; for the polling thread."""
+        """Forget the wake-ups so far; for whoever polls."""
         for _ in drain(self.socket):
             pass
 
     def close(self) -> None:
-        """Close both ends, after the polling thread has ended."""
+        """Close both ends, once nobody polls."""
         self.socket.close(linger=0)
         self._sender.close(linger=0)
 

@@ -21,8 +21,9 @@ from driftstream.envs.errors import require
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.05
-"""After so long without a call the server's own thread serves the senders."""
+"""After so long without a call a thread of the server's serves the senders."""
 _LOOK_S = 0.5
+"""How often it is looked which senders are gone."""
 _MESSAGES_PER_TURN = 64
 _MAX_SENDERS = 4096
 _MAX_SEQUENCE = 2**53
@@ -32,8 +33,8 @@ _LOGGED_REJECTIONS = 10
 class StreamServer:
     """Receives batches; the learner takes and releases them.
 
-    Whoever calls receives and answers, in its own thread: another one would compete with the learner's updates for the
-    interpreter, and come late. That of the server steps in only while nobody calls, as in a long update.
+    Whoever calls receives and answers on the way: a thread would compete with the learner's updates for the
+    interpreter, and answer late. One steps in only after `IDLE_S` without a call, as in a long update.
 
     `max_outstanding` is the width of the ticket window over all actors (default: what `config.max_staleness`
     allows at one fresh batch a step). `version` is the policy version that the first batches may be made
@@ -187,7 +188,7 @@ class StreamServer:
             self._waker.wake()
         self._leave.set()
         self._thread.join()
-        self._serve(time.monotonic() + _LOOK_S)  # whatever was released before is still answered
+        self._serve(time.monotonic() + IDLE_S)  # whatever was released before is still answered
         with self._serving:
             self._close_sockets()
 
@@ -211,10 +212,7 @@ class StreamServer:
             raise StreamError(self._failure)
 
     def _serve(self, until: float = 0.0) -> None:
-        """Receive and answer what there is; with nothing to take, wait for something to come until then.
-
-        Where another thread does so, that one is woken, and answers.
-        """
+        """Receive and answer, or wake the thread that does already; with nothing to take, wait for it until then."""
         if not self._serving.acquire(timeout=max(0.0, until - time.monotonic())):
             with self._lock:
                 if not self._closed:
@@ -235,14 +233,18 @@ class StreamServer:
             self._failure = f"receiving failed: {error!r}"
         finally:
             self._serving.release()
+        with self._lock:
+            left = bool(self._due or self._outbox) and not (self._closed or self._failure)
+        if left:  # by another thread's call, after the last answer
+            self._serve()
 
     def _stand_in(self) -> None:
         """Serve while nobody calls."""
         while not self._leave.wait(IDLE_S):
-            if time.monotonic() - self._served_at >= IDLE_S:
+            if not self._serving.locked() and time.monotonic() - self._served_at >= IDLE_S:
                 self._serve()
 
-    # From here on: whoever serves.
+    # From here on: by the holder of `_serving`, or under `_lock`.
 
     def _turn(self) -> None:
         """Receive, and answer."""

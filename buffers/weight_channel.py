@@ -4,8 +4,8 @@ Why a PUB socket, which may drop, is enough: a snapshot supersedes all before it
 one made again after a lost connection) is answered with the newest snapshot, and the publisher's queue is far from
 full at one frame a publication. A subscriber conflates: it holds one frame, the newest, however slow it is. But a
 conflating socket drops a frame that arrives in the very moment in which it is read (libzmq writes only if the lock
-is free), so the newest snapshot is sent again whenever nothing was published for a while. So whoever is
-connected ends up with the newest weights, and memory stays at one frame each.
+is free), so the newest snapshot is sent again whenever nothing was sent for a tenth of a second. Whoever is connected
+ends up with the newest weights, and memory stays at one frame each.
 """
 
 import threading
@@ -18,8 +18,10 @@ from driftstream.buffers import sockets
 from driftstream.buffers.weights_wire import WeightSnapshot, decode_weights, encode_weights
 from driftstream.buffers.wire import WireError, WireLimits
 
-TURN_S = 0.05
-"""How often late joiners are looked for, and for how long nothing was published when the newest is sent again."""
+JOIN_S = 0.05
+"""How often late joiners are looked for."""
+REPEAT_S = 0.1
+"""After so long without a frame the newest is sent again."""
 MAX_SUBSCRIPTION_BYTES = 1024
 
 
@@ -28,7 +30,7 @@ class WeightPublisher:
 
     def __init__(self, endpoint: str) -> None:
         self._newest: bytearray | None = None
-        self._sent = False
+        self._sent_at = 0.0
         self._leave = threading.Event()
         self._lock = threading.Lock()  # its holder alone touches the socket
         self._context: zmq.Context = zmq.Context()
@@ -53,8 +55,8 @@ class WeightPublisher:
         frame = encode_weights(snapshot)
         with self._lock:
             if not self._leave.is_set():
-                self._newest, self._sent = frame, True
-                sockets.send_now(self._socket, [frame])
+                self._newest = frame
+                self._send(frame)
 
     def close(self) -> None:
         """End the thread and close the socket, within half a second."""
@@ -72,12 +74,16 @@ class WeightPublisher:
         self.close()
 
     def _run(self) -> None:
-        while not self._leave.wait(TURN_S):
+        while not self._leave.wait(JOIN_S):
             with self._lock:
-                subscribes = [frames[0][:1] == b"\x01" for frames in sockets.drain(self._socket, copy=True)]
-                if self._newest is not None and (any(subscribes) or not self._sent):
-                    sockets.send_now(self._socket, [self._newest])
-                self._sent = False
+                joined = [frames[0][:1] == b"\x01" for frames in sockets.drain(self._socket, copy=True)]
+                quiet = time.monotonic() - self._sent_at >= REPEAT_S
+                if self._newest is not None and (any(joined) or quiet):
+                    self._send(self._newest)
+
+    def _send(self, frame: bytearray) -> None:
+        sockets.send_now(self._socket, [frame])
+        self._sent_at = time.monotonic()
 
 
 class WeightSubscriber:

@@ -34,7 +34,7 @@ MAGIC = b"DSTW"
 SCHEMA = 3
 ALIGNMENT = 8
 MAX_RANK = 8
-MAX_DESCRIPTION_BYTES = 2**18
+MAX_DESCRIPTION_BYTES = 2**16
 MAX_TENSOR_NAME_LENGTH = 4 * MAX_NAME_LENGTH
 
 CHECKED = struct.Struct("<4sII")  # magic, schema, checksum of all that follows
@@ -52,7 +52,7 @@ class WeightSnapshot:
     """Weights at learner step `version`, with what travels beside them.
 
     `progress` is the share of training done, in [0, 1]; `wall_s` and `energy_evaluations` are the run's
-    position when the snapshot was taken. `tensors` holds parameters and buffers by name, on any device.
+    position when the snapshot was taken. `tensors` holds parameters and buffers by name, all on one device.
     """
 
     version: int
@@ -89,7 +89,7 @@ def encode_weights(snapshot: WeightSnapshot) -> bytearray:
 
 
 def decode_weights(frame: Buffer, limits: WireLimits | None = None) -> WeightSnapshot:
-    """The snapshot that a frame holds; its tensors are views of the frame, which they keep alive.
+    """The snapshot that a frame holds; its tensors are views of the frame, which each of them keeps alive.
 
     Raises `WireError`, and nothing else, for a frame that is cut, too long, damaged or not a weights frame.
     """
@@ -115,7 +115,7 @@ def decode_weights(frame: Buffer, limits: WireLimits | None = None) -> WeightSna
         sizes = [math.prod(shape) for shape in shapes.values()]
         end = offset + sum(sizes) * DTYPES[code].itemsize
         if end > len(view):
-            raise WireError(f"{', '.join(shapes)}: data that reaches beyond its weights frame")
+            raise WireError(f"data of {DTYPES[code]} that reaches beyond its weights frame")
         data = view_tensor(view[offset:end], DTYPES[code], [sum(sizes)])
         parts = dict(zip(shapes, data.split(sizes), strict=True))
         _check_finite(data, parts)

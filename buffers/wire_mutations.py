@@ -274,6 +274,7 @@ def valid_weights(random: Random) -> list[list[Entry]]:
     snapshots: list[dict[str, Tensor]] = [{}, {"é": torch.tensor(1.5)}, {"none": torch.empty(0, 3), "w": torch.ones(1)}]
     snapshots += [{"w": torch.full((2, 3), random.gauss()).to(dtype)} for dtype in weights_wire.DTYPES]
     snapshots += [{"a": torch.zeros([1] * rank), "b": torch.ones(2, 2)} for rank in range(weights_wire.MAX_RANK + 1)]
+    snapshots.append({"h": torch.ones(3).half(), "d": torch.ones(1).double(), "i": torch.arange(2).half()})
     snapshots.append({"largest": torch.full((4,), torch.finfo(torch.float32).max)})
     return [[_described(name, tensor) for name, tensor in snapshot.items()] for snapshot in snapshots]
 

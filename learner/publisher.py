@@ -45,7 +45,7 @@ class Publisher:
             progress=self._budget.progress(learner.step, calls),
             wall_s=self._budget.elapsed_s,
             energy_evaluations=calls,
-            tensors={name: value.cpu() for name, value in tensors.items()},
+            tensors=tensors,
         )
 
     def close(self) -> None:

@@ -410,7 +410,7 @@ def test_weights_arrive_bit_for_bit() -> None:
         assert received.tensors[name].dtype == tensor.dtype
         assert received.tensors[name].shape == tensor.shape
         assert torch.equal(received.tensors[name], tensor)
-        assert received.tensors[name].data_ptr() % 8 == 0
+        assert received.tensors[name].data_ptr() % tensor.itemsize == 0
     assert (received.version, received.progress) == (sent.version, sent.progress)
     assert (received.wall_s, received.energy_evaluations) == (sent.wall_s, sent.energy_evaluations)
 
@@ -426,11 +426,17 @@ def test_weights_arrive_bit_for_bit() -> None:
     ),
 )
 def test_any_weights_arrive(version: int, progress: float, layout: dict[str, tuple[list[int], int]]) -> None:
-    tensors = {k: torch.ones(shape).to(weights_wire.DTYPES[code]) for k, (shape, code) in layout.items()}
+    tensors = {
+        name: torch.full(shape, index, dtype=weights_wire.DTYPES[code])
+        for index, (name, (shape, code)) in enumerate(layout.items())
+    }
     received = decode_weights(encode_weights(snapshot(version=version, progress=progress, tensors=tensors)))
+    assert list(received.tensors) == list(tensors)
     assert received.version == version
     assert received.progress == progress
-    assert all(torch.equal(received.tensors[name], tensor) for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        assert received.tensors[name].dtype == tensor.dtype
+        assert torch.equal(received.tensors[name], tensor)
 
 
 def test_weights_are_a_copy() -> None:
