@@ -110,8 +110,7 @@ class StreamServer:
                     return None
 
     def take_terminals(self) -> list[Message]:
-        """All batches of terminal states that have arrived, oldest first; `release` each once stored."""
-        self._serve()
+        """All batches of terminal states received so far, oldest first; `release` each once stored. Serves nobody."""
         with self._lock:
             self._raise_failure()
             taken = list(self._terminals)

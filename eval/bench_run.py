@@ -15,7 +15,8 @@ from typing import Any
 
 from driftstream.eval.monitor import METRICS_FILE
 
-POLL_S = 0.05
+POLL_S = 0.25
+"""Reading a run's rows takes time that the run has not."""
 STOP_S = 30.0
 """From the request to stop to the end of every process."""
 
