@@ -110,7 +110,8 @@ class StreamServer:
                     return None
 
     def take_terminals(self) -> list[Message]:
-        """All batches of terminal states received so far, oldest first; `release` each once stored. Serves nobody."""
+        """All batches of terminal states that have arrived, oldest first; `release` each once stored."""
+        self._serve()
         with self._lock:
             self._raise_failure()
             taken = list(self._terminals)
