@@ -70,7 +70,6 @@ class StreamServer:
             ("rejected", "duplicates", "out_of_order", "received_batches", "received_bytes"), 0
         )
         self._failure: str | None = None
-        self._closed = False
         self._lock = threading.Lock()
         self._serving = threading.Lock()  # taken before the other one; its holder alone touches the sockets
         self._served_at = self._looked_at = time.monotonic()
@@ -182,11 +181,10 @@ class StreamServer:
     def close(self) -> None:
         """End the thread and close the sockets, within about a second; waiting `take` calls return None."""
         with self._lock:
-            if self._closed:
+            if self._leave.is_set():
                 return
-            self._closed = True
+            self._leave.set()
             self._waker.wake()
-        self._leave.set()
         self._thread.join()
         self._serve(time.monotonic() + IDLE_S)  # whatever was released before is still answered
         with self._serving:
@@ -205,7 +203,7 @@ class StreamServer:
     def _awaited(self) -> bool:
         """Whether there is something that a call of `take` waits for; under the lock."""
         asked = any(request.from_actor for request in self._requests.values())
-        return bool(self._trajectories or self._failure or self._closed or asked)
+        return bool(self._trajectories or self._failure or self._leave.is_set() or asked)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -215,7 +213,7 @@ class StreamServer:
         """Receive and answer, or wake the thread that does already; with nothing to take, wait for it until then."""
         if not self._serving.acquire(timeout=max(0.0, until - time.monotonic())):
             with self._lock:
-                if not self._closed:
+                if not self._leave.is_set():
                     self._waker.wake()
             return
         try:
@@ -234,7 +232,7 @@ class StreamServer:
         finally:
             self._serving.release()
         with self._lock:
-            left = bool(self._due or self._outbox) and not (self._closed or self._failure)
+            left = bool(self._due or self._outbox) and not (self._leave.is_set() or self._failure)
         if left:  # by another thread's call, after the last answer
             self._serve()
 
@@ -361,7 +359,7 @@ class StreamServer:
             with self._lock:
                 due = (self._due | self._ledger.grant()) & self._identities.keys()
                 outgoing = [*self._outbox, *((name, self._credit(name)) for name in due)]
-                routes = dict(self._identities)
+                routes = {name: self._identities[name] for name, _ in outgoing if name in self._identities}
                 self._due.clear()
                 self._outbox.clear()
             gone = {name for name, frames in outgoing if name in routes and not self._send(routes[name], frames)}

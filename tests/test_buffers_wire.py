@@ -410,7 +410,7 @@ def test_weights_arrive_bit_for_bit() -> None:
         assert received.tensors[name].dtype == tensor.dtype
         assert received.tensors[name].shape == tensor.shape
         assert torch.equal(received.tensors[name], tensor)
-        assert received.tensors[name].data_ptr() % tensor.itemsize == 0
+        assert received.tensors[name].data_ptr() % 8 == 0  # each has its dtype's data to itself
     assert (received.version, received.progress) == (sent.version, sent.progress)
     assert (received.wall_s, received.energy_evaluations) == (sent.wall_s, sent.energy_evaluations)
 
