@@ -4,16 +4,15 @@ The gradient is written out. A whole batch's activations are as large as the cac
 tensor or a transposition costs as much as a layer's product.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from driftstream.actors.native import Layer, NativeStepNetwork, fits, is_per_step, native_network
 from driftstream.envs.densities import is_transformed
-
-Layer = tuple[Tensor, Tensor]
-"""Weight [O, I] and bias [O]."""
 
 
 def is_plain(network: nn.Module, x: Tensor) -> bool:
@@ -44,6 +43,8 @@ def joint_network(x: Tensor, embedding: Tensor, weight: Tensor, layers: list[Lay
     Returns:
         `[..., outputs]`. Gradients flow to `embedding`, `weight` and `layers`, once: they have none of their own.
     """
+    if is_per_step(x, embedding) and fits((x, embedding), weight, layers):
+        return native_network(x, embedding, weight, layers)
     parameters = [parameter for layer in layers for parameter in layer]
     if torch.is_grad_enabled():
         return _JointNetwork.apply(x, embedding, weight, *parameters)
@@ -92,11 +93,19 @@ class _JointNetwork(torch.autograd.Function):
         return None, by_embedding, gradient.t() @ rows, *by_parameters
 
 
-class StepNetwork:
+def step_network(
+    embedding: Tensor, weight: Tensor, layers: list[Layer], rows: int
+) -> Callable[[Tensor, int], Tensor]:
     """`joint_network` at one state of every row after another, without gradient: `(x [B, D], n) -> [B, outputs]`.
 
     `embedding [T, H]` holds that of step n in row n. What it returns is valid until the next call.
     """
+    network = NativeStepNetwork if fits((embedding,), weight, layers) else StepNetwork
+    return network(embedding, weight, layers, rows)
+
+
+class StepNetwork:
+    """`step_network` on torch's operations."""
 
     def __init__(self, embedding: Tensor, weight: Tensor, layers: list[Layer], rows: int) -> None:
         self._embeddings = embedding.detach().unbind()
@@ -114,4 +123,4 @@ class StepNetwork:
         return product
 
 
-__all__ = ["StepNetwork", "is_plain", "joint_network"]
+__all__ = ["Layer", "is_plain", "joint_network", "step_network"]

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from driftstream.actors.fused import Layer, StepNetwork, is_plain, joint_network
+from driftstream.actors.fused import Layer, is_plain, joint_network, step_network
 from driftstream.actors.preconditioning import NoiseUnits
 from driftstream.envs.errors import require
 from driftstream.envs.processes import DiffusionProcess
@@ -104,7 +104,7 @@ class StateTimeNet(nn.Module):
         Step n is that of `embedding[n]`. What it returns is valid until the next call.
         """
         if is_plain(self, embedding.detach()):
-            return StepNetwork(embedding, self.state_net.weight, self._layers(), rows)
+            return step_network(embedding, self.state_net.weight, self._layers(), rows)
         return lambda x, n: self(x, embedding[n])
 
     def _layers(self) -> list[Layer]:

@@ -1,0 +1,270 @@
+// The policy's network on the processor: layers(GELU(x weight^T + embedding)), forwards and its gradient, in one pass.
+//
+// Rows go through all layers in blocks that stay in the caches, so that of the activations only what enters each GELU
+// is written to memory. Every product is of one form, C += A B with A's factors spread over lanes and B's rows in
+// vectors: with row-major factors that serves the outputs, the gradient by what entered, and that by the weights.
+//
+// Plain C interface, no library: `native.py` calls it. It is built once for each kind of processor that is told apart
+// there; a vector has as many lanes as the flags of this build allow.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#ifdef __AVX2__
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int ACCUMULATORS = 12;  // of 16 registers: three more hold what is multiplied
+constexpr int64_t BLOCK_ROWS = 48;
+constexpr int64_t ALIGNMENT = 64;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+INLINE Floats load(const float* from) {
+    Floats values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+INLINE void store(float* to, Floats values) { memcpy(to, &values, sizeof values); }
+
+INLINE int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+
+// 2^f for |f| <= 1/2, and P of GELU's tail: coefficients of the highest power first.
+constexpr float POWER_OF_TWO[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
+                                  5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
+constexpr float TAIL[] = {0.02472066f, -0.09359558f, 0.09243165f, -0.00645179f, 0.07277606f,
+                          0.08363056f, 0.10308469f,  0.1116998f,  0.11170386f};
+
+// The polynomial with these coefficients at `at`, of V vectors side by side.
+template <int V, int TERMS>
+INLINE void polynomial(const float (&coefficients)[TERMS], const Floats (&at)[V], Floats (&sum)[V]) {
+    for (int v = 0; v < V; v++) sum[v] = at[v] * coefficients[0] + coefficients[1];
+    for (int term = 2; term < TERMS; term++)
+        for (int v = 0; v < V; v++) sum[v] = sum[v] * at[v] + coefficients[term];
+}
+
+// value = GELU(z) = z Phi(z), and its slope Phi(z) + z phi(z), of V vectors side by side.
+//
+// Phi(-a) = exp(-a^2/2) t P(t), t = 1/(1 + p a), with P fitted to Mills' ratio for the least relative error, 2e-7 (after
+// Hastings 1955, who fitted the error function). Twelve deviations out nothing is left of it in single precision.
+template <int V, bool SLOPE>
+INLINE void gelu(const float* z, float* value, float* slope) {
+    Floats x[V], distance[V], t[V], fraction[V], whole[V], power[V], tail[V];
+    for (int v = 0; v < V; v++) {
+        x[v] = load(z + v * LANES);
+        distance[v] = (Floats)((Integers)x[v] & 0x7fffffff);
+        distance[v] = distance[v] < 12.0f ? distance[v] : 12.0f - Floats{};
+        t[v] = 1.0f / (1.0f + 0.28f * distance[v]);
+        // exp(-a^2/2) = 2^(whole + fraction): a sum with 1.5 * 2^23 has the whole part in its lowest bits.
+        fraction[v] = distance[v] * distance[v] * -0.72134752f;
+        whole[v] = fraction[v] + 12582912.0f;
+        fraction[v] -= whole[v] - 12582912.0f;
+    }
+    polynomial(POWER_OF_TWO, fraction, power);
+    polynomial(TAIL, t, tail);
+    for (int v = 0; v < V; v++) {
+        Floats density = (Floats)((Integers)power[v] + ((Integers)whole[v] << 23));
+        tail[v] *= t[v] * density;
+        store(value + v * LANES, (x[v] < 0.0f ? Floats{} : x[v]) - distance[v] * tail[v]);
+        if (SLOPE) {
+            Floats below = x[v] < 0.0f ? tail[v] : 1.0f - tail[v];
+            store(slope + v * LANES, below + x[v] * density * 0.39894228f);
+        }
+    }
+}
+
+template <bool SLOPE>
+INLINE void activate(int64_t size, const float* z, float* value, float* slope) {
+    int64_t i = 0;
+    for (; i + 2 * LANES <= size; i += 2 * LANES) gelu<2, SLOPE>(z + i, value + i, slope + i);
+    for (; i < size; i += LANES) gelu<1, SLOPE>(z + i, value + i, slope + i);
+}
+
+// A matrix of factors: entry (m, k) stands at m * row + k * column.
+struct Factors {
+    const float* entries;
+    int64_t row, column;
+};
+
+// C [M, V vectors] += A [M, K] B [K, V vectors], K >= 1, in registers.
+template <int M, int V>
+INLINE void tile(int64_t K, Factors a, const float* b, int64_t b_row, float* c, int64_t c_row) {
+    Floats sums[M][V] = {};
+    int64_t k = 0;
+    do {
+        Floats row[V];
+        for (int v = 0; v < V; v++) row[v] = load(b + k * b_row + v * LANES);
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < V; v++) sums[m][v] += a.entries[m * a.row + k * a.column] * row[v];
+    } while (++k < K);
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) {
+            float* to = c + m * c_row + v * LANES;
+            store(to, load(to) + sums[m][v]);
+        }
+}
+
+template <int V>
+INLINE void strip(int64_t M, int64_t K, Factors a, const float* b, int64_t b_row, float* c, int64_t c_row) {
+    constexpr int ROWS = ACCUMULATORS / V;
+    int64_t m = 0;
+    for (; m + ROWS <= M; m += ROWS, a.entries += ROWS * a.row) tile<ROWS, V>(K, a, b, b_row, c + m * c_row, c_row);
+    for (; m + 2 <= M; m += 2, a.entries += 2 * a.row) tile<2, V>(K, a, b, b_row, c + m * c_row, c_row);
+    if (m < M) tile<1, V>(K, a, b, b_row, c + m * c_row, c_row);
+}
+
+// C [M, N] += A [M, K] B [K, N]; N is a multiple of LANES.
+void add_product(int64_t M, int64_t N, int64_t K, Factors a, const float* b, int64_t b_row, float* c, int64_t c_row) {
+    int64_t n = 0;
+    for (; n + 2 * LANES <= N; n += 2 * LANES) strip<2>(M, K, a, b + n, b_row, c + n, c_row);
+    if (n < N) strip<1>(M, K, a, b + n, b_row, c + n, c_row);
+}
+
+}  // namespace
+
+extern "C" {
+
+// `layers` products from `hidden` to `hidden` and one to `outputs`, after the first from `inputs`; `hidden` is a multiple
+// of the lanes. Row r is in group r / period at step r % period: its state stands at group * group_stride + step *
+// step_stride, and its embedding at step * hidden.
+struct Network {
+    int64_t inputs, hidden, layers, outputs;
+    int64_t rows, period, group_stride, step_stride;
+};
+
+}  // extern "C"
+
+namespace {
+
+// Where the rows of a block stand.
+struct Place {
+    int64_t group, step;
+
+    Place(const Network& network, int64_t row) : group(row / network.period), step(row % network.period) {}
+
+    const float* state(const Network& network, const float* x) const {
+        return x + group * network.group_stride + step * network.step_stride;
+    }
+
+    void next(const Network& network) {
+        if (++step == network.period) step = 0, group++;
+    }
+};
+
+// Memory for the blocks of one call.
+struct Scratch {
+    float* floats;
+
+    explicit Scratch(int64_t width)
+        : floats((float*)aligned_alloc(ALIGNMENT, (width * BLOCK_ROWS * sizeof(float) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT)) {}
+    ~Scratch() { free(floats); }
+};
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+
+extern "C" {
+
+// Raised whenever what is called or how parameters are laid out changes.
+int32_t network_version() { return 1; }
+
+int32_t network_lanes() { return LANES; }
+
+// out [rows, outputs] of the rows from `begin` to before `end`. `factors` holds for the first product its weight
+// transposed, [inputs, hidden], and for each other one its bias and its weight transposed, widths of outputs padded with
+// zeros to the lanes. What enters each GELU is written to `kept` [layers + 1, rows, hidden], unless that is null. Returns 0, or 1 where
+// there was no memory.
+int32_t network_forward(const Network* shape, int64_t begin, int64_t end, const float* x, const float* embedding,
+                        const float* factors, float* kept, float* out) {
+    const Network network = *shape;
+    const int64_t inputs = network.inputs, hidden = network.hidden, outputs = padded(network.outputs);
+    Scratch scratch(inputs + 2 * hidden + outputs);
+    if (!scratch.floats) return 1;
+    float* outcome = scratch.floats;
+    float* value = outcome + BLOCK_ROWS * outputs;
+    float* unkept = value + BLOCK_ROWS * hidden;
+    float* states = unkept + BLOCK_ROWS * hidden;
+    for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
+        const int64_t n = smaller(end - start, BLOCK_ROWS);
+        float* z = kept ? kept + start * hidden : unkept;
+        Place place(network, start);
+        for (int64_t r = 0; r < n; r++, place.next(network)) {
+            memcpy(states + r * inputs, place.state(network, x), inputs * sizeof(float));
+            memcpy(z + r * hidden, embedding + place.step * hidden, hidden * sizeof(float));
+        }
+        const float* weight = factors;
+        add_product(n, hidden, inputs, {states, inputs, 1}, weight, hidden, z, hidden);
+        weight += inputs * hidden;
+        for (int64_t layer = 0; layer <= network.layers; layer++) {
+            activate<false>(n * hidden, z, value, nullptr);
+            const bool last = layer == network.layers;
+            const int64_t width = last ? outputs : hidden;
+            z = last ? outcome : kept ? z + network.rows * hidden : unkept;
+            const float* bias = weight;
+            for (int64_t r = 0; r < n; r++) memcpy(z + r * width, bias, width * sizeof(float));
+            weight += width;
+            add_product(n, width, hidden, {value, hidden, 1}, weight, width, z, width);
+            weight += hidden * width;
+        }
+        for (int64_t r = 0; r < n; r++)
+            memcpy(out + (start + r) * network.outputs, outcome + r * outputs, network.outputs * sizeof(float));
+    }
+    return 0;
+}
+
+// Gradients from `gradient` [rows, outputs] by the outputs, of the rows from `begin` to before `end`: added to
+// `by_embedding` [period, hidden] and to `by_parameters`: for the first product that by its weight, [hidden, inputs padded
+// to the lanes], and for each other one those by its bias and its weight [its outputs, hidden]. `weights` are those of all
+// products but the first, one after another. Returns 0, or 1 where there was no memory.
+int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const float* x, const float* weights,
+                         const float* kept, const float* gradient, float* by_embedding, float* by_parameters) {
+    const Network network = *shape;
+    const int64_t inputs = padded(network.inputs), hidden = network.hidden, outputs = network.outputs;
+    const int64_t widest = hidden > outputs ? hidden : outputs;
+    Scratch scratch(inputs + 3 * hidden + widest);
+    if (!scratch.floats) return 1;
+    float* states = scratch.floats;
+    float* value = states + BLOCK_ROWS * inputs;
+    float* slope = value + BLOCK_ROWS * hidden;
+    float* below = slope + BLOCK_ROWS * hidden;
+    float* above = below + BLOCK_ROWS * hidden;
+    memset(states, 0, BLOCK_ROWS * inputs * sizeof(float));
+    for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
+        const int64_t n = smaller(end - start, BLOCK_ROWS);
+        memcpy(above, gradient + start * outputs, n * outputs * sizeof(float));
+        const float* weight = weights + network.layers * hidden * hidden;
+        float* by_bias = by_parameters + hidden * inputs + network.layers * (hidden + hidden * hidden);
+        int64_t width = outputs;
+        for (int64_t layer = network.layers; layer >= 0; layer--) {
+            activate<true>(n * hidden, kept + (layer * network.rows + start) * hidden, value, slope);
+            for (int64_t r = 0; r < n; r++)
+                for (int64_t i = 0; i < width; i++) by_bias[i] += above[r * width + i];
+            add_product(width, hidden, n, {above, 1, width}, value, hidden, by_bias + width, hidden);
+            memset(below, 0, n * hidden * sizeof(float));
+            add_product(n, hidden, width, {above, width, 1}, weight, hidden, below, hidden);
+            for (int64_t i = 0; i < n * hidden; i += LANES) store(above + i, load(below + i) * load(slope + i));
+            width = hidden;
+            weight -= hidden * hidden;
+            by_bias -= hidden + hidden * hidden;
+        }
+        Place place(network, start);
+        for (int64_t r = 0; r < n; r++, place.next(network)) {
+            memcpy(states + r * inputs, place.state(network, x), network.inputs * sizeof(float));
+            float* to = by_embedding + place.step * hidden;
+            for (int64_t i = 0; i < hidden; i += LANES) store(to + i, load(to + i) + load(above + r * hidden + i));
+        }
+        add_product(hidden, inputs, n, {above, 1, hidden}, states, inputs, by_parameters, inputs);
+    }
+    return 0;
+}
+
+}  // extern "C"
