@@ -11,18 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from driftstream.actors.native import Layer, NativeStepNetwork, fits, is_per_step, native_network
+from driftstream.actors.native import Layer, NativeStepNetwork, fits, is_per_step, native_network, network_of
 from driftstream.envs.densities import is_transformed
 
 
 def is_plain(network: nn.Module, x: Tensor) -> bool:
-    """Whether the network on `x` is no more than its parameters and once differentiable in them.
+    """Whether the network on `x` is no more than its parameters.
 
-    Not so where hooks watch it, a transformation of torch goes through it, or x itself is differentiated.
+    Not so where hooks watch it or a transformation of torch goes through it.
     """
-    if (torch.is_grad_enabled() and x.requires_grad) or is_transformed():
-        return False
-    return not (torch.is_autocast_enabled(x.device.type) or any(map(_is_hooked, network.modules())))
+    return not (is_transformed() or torch.is_autocast_enabled(x.device.type) or any(map(_is_hooked, network.modules())))
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -35,16 +33,19 @@ def joint_network(x: Tensor, embedding: Tensor, weight: Tensor, layers: list[Lay
     """layers(GELU(x weight^T + embedding)), with GELU between the layers, of all rows at once.
 
     Args:
-        x: `[..., D]`. No gradient reaches it.
+        x: `[..., D]`.
         embedding: `[..., H]`, broadcast against the leading dimensions of `x`.
         weight: `[H, D]`.
         layers: at least one, from H to the outputs.
 
     Returns:
-        `[..., outputs]`. Gradients flow to `embedding`, `weight` and `layers`, once: they have none of their own.
+        `[..., outputs]`. Gradients flow to everything. Where x needs none and there is no native network, those by the
+        others have none of their own.
     """
     if is_per_step(x, embedding) and fits((x, embedding), weight, layers):
         return native_network(x, embedding, weight, layers)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return network_of(x, embedding, weight, layers)
     parameters = [parameter for layer in layers for parameter in layer]
     if torch.is_grad_enabled():
         return _JointNetwork.apply(x, embedding, weight, *parameters)
@@ -93,9 +94,7 @@ class _JointNetwork(torch.autograd.Function):
         return None, by_embedding, gradient.t() @ rows, *by_parameters
 
 
-def step_network(
-    embedding: Tensor, weight: Tensor, layers: list[Layer], rows: int
-) -> Callable[[Tensor, int], Tensor]:
+def step_network(embedding: Tensor, weight: Tensor, layers: list[Layer], rows: int) -> Callable[[Tensor, int], Tensor]:
     """`joint_network` at one state of every row after another, without gradient: `(x [B, D], n) -> [B, outputs]`.
 
     `embedding [T, H]` holds that of step n in row n. What it returns is valid until the next call.

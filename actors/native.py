@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
+from torch.nn.functional import gelu, linear
 
 T = TypeVar("T")
 Layer = tuple[Tensor, Tensor]
@@ -24,7 +23,7 @@ Layer = tuple[Tensor, Tensor]
 SWITCH = "DRIFTSTREAM_NATIVE"
 BUILDS = ("network_avx2", "network_generic")
 """Extensions that are built from network.cpp, each where the compiler knows how."""
-VERSION = 1
+VERSION = 2
 """`network_version` of network.cpp; a build of another one is not used."""
 PART_ROWS = 1024
 """Threads get at least so many rows each: what a part takes is then twenty times what handing it over takes."""
@@ -51,10 +50,14 @@ class Library:
         self.name = name
         self.version = int(library.network_version())
         self.lanes = int(library.network_lanes())
+        self.pack = library.network_pack
+        self.pack.argtypes, self.pack.restype = [pointer] * 3, None
+        self.factors = library.network_factors
+        self.factors.argtypes, self.factors.restype = [pointer], integer
         self.forward = library.network_forward
         self.forward.argtypes = [pointer, integer, integer, *[pointer] * 5]
         self.backward = library.network_backward
-        self.backward.argtypes = [pointer, integer, integer, *[pointer] * 6]
+        self.backward.argtypes = [pointer, integer, integer, *[pointer] * 7]
 
 
 @cache
@@ -81,7 +84,7 @@ def fits(tensors: Sequence[Tensor], weight: Tensor, layers: Sequence[Layer]) -> 
     if built is None or hidden % built.lanes or any(layer.shape != (hidden, hidden) for layer, _ in layers[:-1]):
         return False
     every = (*tensors, weight, *(tensor for layer in layers for tensor in layer))
-    return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in every)
+    return all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in every)
 
 
 def is_per_step(x: Tensor, embedding: Tensor) -> bool:
@@ -90,66 +93,85 @@ def is_per_step(x: Tensor, embedding: Tensor) -> bool:
     return leading == x.shape[x.dim() - 1 - len(leading) : -1]
 
 
+def network_of(x: Tensor, embedding: Tensor, weight: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """`fused.joint_network` on torch's operations, differentiable as often as they are."""
+    value = linear(x, weight) + embedding
+    for layer_weight, bias in layers:
+        value = linear(gelu(value), layer_weight, bias)
+    return value
+
+
 def native_network(x: Tensor, embedding: Tensor, weight: Tensor, layers: Sequence[Layer]) -> Tensor:
     """`fused.joint_network` of what `fits`, with an embedding that `is_per_step`."""
     parameters = [parameter for layer in layers for parameter in layer]
     if torch.is_grad_enabled():
         return _NativeNetwork.apply(x, embedding, weight, *parameters)
-    return _Rows(x, embedding, weight, parameters).forward(embedding, None)
+    return _Rows(x, embedding, (weight, *parameters)).forward(embedding, None)
+
+
+class _Parameters:
+    """The first weight, then weight and bias of every layer, where native code finds them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = [tensor.detach().contiguous() for tensor in tensors]
+        self.pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in self.tensors))
+
+    def shape(self, rows: int, period: int, group_stride: int, step_stride: int) -> _Shape:
+        """The network on so many rows, and where they stand."""
+        hidden, inputs = self.tensors[0].shape
+        layers, outputs = len(self.tensors) // 2 - 1, self.tensors[-1].shape[0]
+        return _Shape(inputs, hidden, layers, outputs, rows, period, group_stride, step_stride)
+
+    def packed(self, built: Library, shape: _Shape) -> Tensor:
+        """`factors` of network.cpp."""
+        factors = self.tensors[0].new_empty(built.factors(ctypes.byref(shape)))
+        built.pack(ctypes.byref(shape), self.pointers, factors.data_ptr())
+        return factors
 
 
 class _Rows:
-    """Where the states of x [..., D] stand, and the parameters in the order in which they are used."""
+    """The network on all rows of x [..., D]."""
 
-    def __init__(self, x: Tensor, embedding: Tensor, weight: Tensor, parameters: Sequence[Tensor]) -> None:
-        self.library = _built()
+    def __init__(self, x: Tensor, embedding: Tensor, parameters: Sequence[Tensor]) -> None:
+        self.built = _built()
+        self.parameters = _Parameters(parameters)
         self.leading = x.shape[:-1]
-        self.period = embedding.shape[:-1].numel()
+        period = embedding.shape[:-1].numel()
         # States of trajectories are used where they stand, between those that are left out.
         in_place = x.dim() == 3 and embedding.dim() == 2 and x.stride(-1) == 1
-        self.x = x if in_place else x.reshape(-1, self.period, x.shape[-1]).contiguous()
-        self.weight = weight
-        self.weights, self.biases = parameters[::2], parameters[1::2]
-        self.shape = _Shape(
-            inputs=x.shape[-1],
-            hidden=weight.shape[0],
-            layers=len(self.weights) - 1,
-            outputs=self.weights[-1].shape[0],
-            rows=self.leading.numel(),
-            period=self.period,
-            group_stride=self.x.stride(0),
-            step_stride=self.x.stride(1),
-        )
+        self.x = x if in_place else x.reshape(-1, period, x.shape[-1]).contiguous()
+        self.shape = self.parameters.shape(self.leading.numel(), period, self.x.stride(0), self.x.stride(1))
 
     def forward(self, embedding: Tensor, kept: Tensor | None) -> Tensor:
         """The outputs [..., outputs]; what enters each GELU is written to `kept` [layers, rows, hidden]."""
         shape, embedding = self.shape, embedding.contiguous()
-        factors = packed(self.weight, list(zip(self.weights, self.biases, strict=True)), self.library.lanes)
+        factors = self.parameters.packed(self.built, shape)
         out = self.x.new_empty(*self.leading, shape.outputs)
         where = None if kept is None else kept.data_ptr()
 
         def part(begin: int, end: int) -> None:
             tensors = self.x.data_ptr(), embedding.data_ptr(), factors.data_ptr(), where, out.data_ptr()
-            _check(self.library.forward(ctypes.byref(shape), begin, end, *tensors))
+            _check(self.built.forward(ctypes.byref(shape), begin, end, *tensors))
 
         _in_parts(shape.rows, part)
         return out
 
-    def backward(self, gradient: Tensor, kept: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradients by the embedding [period, hidden], and by the first weight and all other parameters."""
+    def backward(self, gradient: Tensor, kept: Tensor, by_states: bool) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+        """Gradients by the states if asked for, by the embedding, and by all parameters in their order."""
         shape, gradient = self.shape, gradient.contiguous()
-        weights = torch.cat([weight.reshape(-1) for weight in self.weights])
-        inputs = -(-shape.inputs // self.library.lanes) * self.library.lanes
-        sizes = [(shape.hidden, inputs)]
-        for weight in self.weights:
-            sizes += [(len(weight),), tuple(weight.shape)]
-        lengths = [self.period * shape.hidden, *(torch.Size(size).numel() for size in sizes)]
+        inputs = -(-shape.inputs // self.built.lanes) * self.built.lanes
+        sizes = [torch.Size((shape.hidden, inputs))]
+        for bias in self.parameters.tensors[2::2]:
+            sizes += [bias.shape, torch.Size((len(bias), shape.hidden))]
+        lengths = [shape.period * shape.hidden, *(size.numel() for size in sizes)]
+        by_x = self.x.new_empty(*self.leading, shape.inputs) if by_states else None
+        where = None if by_x is None else by_x.data_ptr()
 
         def part(begin: int, end: int) -> Tensor:
             by = self.x.new_zeros(sum(lengths))
-            tensors = self.x.data_ptr(), weights.data_ptr(), kept.data_ptr(), gradient.data_ptr()
+            tensors = self.x.data_ptr(), self.parameters.pointers, kept.data_ptr(), gradient.data_ptr(), where
             by_parameters = by.data_ptr() + lengths[0] * by.element_size()
-            _check(self.library.backward(ctypes.byref(shape), begin, end, *tensors, by.data_ptr(), by_parameters))
+            _check(self.built.backward(ctypes.byref(shape), begin, end, *tensors, by.data_ptr(), by_parameters))
             return by
 
         sums = _in_parts(shape.rows, part)
@@ -157,56 +179,50 @@ class _Rows:
         by_embedding, *flat = total.split(lengths)
         by_weight, *others = (part.view(size) for part, size in zip(flat, sizes, strict=True))
         in_order = [by for bias, weight in zip(others[::2], others[1::2], strict=True) for by in (weight, bias)]
-        return by_embedding.view(self.period, shape.hidden), [by_weight[:, : shape.inputs], *in_order]
+        return by_x, by_embedding, [by_weight[:, : shape.inputs], *in_order]
 
 
 class _NativeNetwork(torch.autograd.Function):
-    """`native_network` and its gradient."""
+    """`native_network` and its gradient, which torch's operations compute where it is itself to be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, embedding: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
-        rows = _Rows(x, embedding, weight, parameters)
+        rows = _Rows(x, embedding, (weight, *parameters))
         kept = x.new_empty(len(parameters) // 2, rows.shape.rows, rows.shape.hidden)
-        ctx.save_for_backward(x, embedding, weight, kept, *parameters)
+        ctx.save_for_backward(kept, x, embedding, weight, *parameters)
         return rows.forward(embedding, kept)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, embedding, weight, kept, *parameters = ctx.saved_tensors
-        by_embedding, by_parameters = _Rows(x, embedding, weight, parameters).backward(gradient, kept)
-        return None, by_embedding.view(embedding.shape), *by_parameters
+        kept, *inputs = ctx.saved_tensors
+        x, embedding, weight, *parameters = inputs
+        if torch.is_grad_enabled():
+            wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            out = network_of(x, embedding, weight, list(zip(parameters[::2], parameters[1::2], strict=True)))
+            found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        rows = _Rows(x, embedding, (weight, *parameters))
+        by_x, by_embedding, by_parameters = rows.backward(gradient, kept, ctx.needs_input_grad[0])
+        return by_x, by_embedding.view(embedding.shape), *by_parameters
 
 
 class NativeStepNetwork:
     """`fused.StepNetwork` of what `fits`."""
 
     def __init__(self, embedding: Tensor, weight: Tensor, layers: Sequence[Layer], rows: int) -> None:
-        built = _built()
+        built, inputs = _built(), weight.shape[1]
+        parameters = _Parameters([weight, *(tensor for layer in layers for tensor in layer)])
         self._forward = built.forward
-        self._embedding = embedding.detach().contiguous()
-        self._factors = packed(weight.detach(), [(layer.detach(), bias.detach()) for layer, bias in layers], built.lanes)
-        hidden, inputs = weight.shape
-        self._out = weight.new_empty(rows, layers[-1][0].shape[0])
-        self._shape = _Shape(inputs, hidden, len(layers) - 1, self._out.shape[1], rows, 1, inputs, inputs)
-        self._row_bytes = hidden * weight.element_size()
-        self._rows = rows
+        self._embeddings = embedding.detach().contiguous()
+        self._shape = parameters.shape(rows, 1, inputs, inputs)
+        self._factors = parameters.packed(built, self._shape)
+        self._out = weight.new_empty(rows, self._shape.outputs)
 
     def __call__(self, x: Tensor, n: int) -> Tensor:
-        x = x.contiguous()
-        row = self._embedding.data_ptr() + n * self._row_bytes
-        tensors = x.data_ptr(), row, self._factors.data_ptr(), None, self._out.data_ptr()
-        _check(self._forward(ctypes.byref(self._shape), 0, self._rows, *tensors))
+        x, embedding, shape = x.contiguous(), self._embeddings[n], self._shape
+        tensors = x.data_ptr(), embedding.data_ptr(), self._factors.data_ptr(), None, self._out.data_ptr()
+        _check(self._forward(ctypes.byref(shape), 0, shape.rows, *tensors))
         return self._out
-
-
-def packed(weight: Tensor, layers: Sequence[Layer], lanes: int) -> Tensor:
-    """Parameters as `network_forward` wants them, in one piece."""
-    parts = [weight.t()]
-    for layer_weight, bias in layers:
-        missing = -len(bias) % lanes
-        parts += [pad(bias, (0, missing)), pad(layer_weight.t(), (0, missing))]
-    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def _built() -> Library:
@@ -235,4 +251,4 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "driftstream-network")
 
 
-__all__ = ["BUILDS", "NativeStepNetwork", "fits", "is_per_step", "library", "native_network"]
+__all__ = ["BUILDS", "NativeStepNetwork", "fits", "is_per_step", "library", "native_network", "network_of"]

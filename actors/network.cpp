@@ -175,14 +175,39 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 extern "C" {
 
 // Raised whenever what is called or how parameters are laid out changes.
-int32_t network_version() { return 1; }
+int32_t network_version() { return 2; }
 
 int32_t network_lanes() { return LANES; }
 
-// out [rows, outputs] of the rows from `begin` to before `end`. `factors` holds for the first product its weight
-// transposed, [inputs, hidden], and for each other one its bias and its weight transposed, widths of outputs padded with
-// zeros to the lanes. What enters each GELU is written to `kept` [layers + 1, rows, hidden], unless that is null. Returns 0, or 1 where
-// there was no memory.
+// Parameters come as pointers to the first weight [hidden, inputs], and to the weight [its outputs, hidden] and the bias
+// of each other product.
+//
+// `factors` of `network_factors` floats: the first weight transposed, [inputs, hidden], then the bias and the transposed
+// weight of each other product, their outputs padded to the lanes with zeros.
+void network_pack(const Network* shape, const float* const* parameters, float* factors) {
+    const int64_t hidden = shape->hidden;
+    for (int64_t product = 0; product < shape->layers + 2; product++) {
+        const int64_t rows = product == 0 ? shape->inputs : hidden;
+        const int64_t columns = product <= shape->layers ? hidden : shape->outputs;
+        const float* weight = product == 0 ? parameters[0] : parameters[2 * product - 1];
+        if (product) {
+            memset(factors, 0, padded(columns) * sizeof(float));
+            memcpy(factors, parameters[2 * product], columns * sizeof(float));
+            factors += padded(columns);
+        }
+        for (int64_t row = 0; row < rows; row++, factors += padded(columns))
+            for (int64_t column = 0; column < padded(columns); column++)
+                factors[column] = column < columns ? weight[column * rows + row] : 0.0f;
+    }
+}
+
+int64_t network_factors(const Network* shape) {
+    const int64_t hidden = shape->hidden, outputs = padded(shape->outputs);
+    return shape->inputs * hidden + shape->layers * (1 + hidden) * hidden + (1 + hidden) * outputs;
+}
+
+// out [rows, outputs] of the rows from `begin` to before `end`. What enters each GELU is written to `kept` [layers + 1,
+// rows, hidden], unless that is null. Returns 0, or 1 where there was no memory.
 int32_t network_forward(const Network* shape, int64_t begin, int64_t end, const float* x, const float* embedding,
                         const float* factors, float* kept, float* out) {
     const Network network = *shape;
@@ -221,17 +246,21 @@ int32_t network_forward(const Network* shape, int64_t begin, int64_t end, const 
     return 0;
 }
 
-// Gradients from `gradient` [rows, outputs] by the outputs, of the rows from `begin` to before `end`: added to
-// `by_embedding` [period, hidden] and to `by_parameters`: for the first product that by its weight, [hidden, inputs padded
-// to the lanes], and for each other one those by its bias and its weight [its outputs, hidden]. `weights` are those of all
-// products but the first, one after another. Returns 0, or 1 where there was no memory.
-int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const float* x, const float* weights,
-                         const float* kept, const float* gradient, float* by_embedding, float* by_parameters) {
+// Gradients from `gradient` [rows, outputs] by the outputs, of the rows from `begin` to before `end`. Those by states are
+// written to `by_states` [rows, inputs], unless that is null. The others are added to `by_embedding` [period, hidden] and
+// `by_parameters`: the first weight's, [hidden, inputs padded to the lanes], and of each other product the bias's and the
+// weight's [its outputs, hidden]. Returns 0, or 1 where there was no memory.
+int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const float* x,
+                         const float* const* parameters, const float* kept, const float* gradient, float* by_states,
+                         float* by_embedding, float* by_parameters) {
     const Network network = *shape;
     const int64_t inputs = padded(network.inputs), hidden = network.hidden, outputs = network.outputs;
     const int64_t widest = hidden > outputs ? hidden : outputs;
-    Scratch scratch(inputs + 3 * hidden + widest);
-    if (!scratch.floats) return 1;
+    Scratch scratch(inputs + 3 * hidden + widest), first(by_states ? (inputs * hidden + BLOCK_ROWS - 1) / BLOCK_ROWS : 1);
+    if (!scratch.floats || !first.floats) return 1;
+    for (int64_t row = 0; by_states && row < hidden; row++)
+        for (int64_t i = 0; i < inputs; i++)
+            first.floats[row * inputs + i] = i < network.inputs ? parameters[0][row * network.inputs + i] : 0.0f;
     float* states = scratch.floats;
     float* value = states + BLOCK_ROWS * inputs;
     float* slope = value + BLOCK_ROWS * hidden;
@@ -241,7 +270,6 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
         memcpy(above, gradient + start * outputs, n * outputs * sizeof(float));
-        const float* weight = weights + network.layers * hidden * hidden;
         float* by_bias = by_parameters + hidden * inputs + network.layers * (hidden + hidden * hidden);
         int64_t width = outputs;
         for (int64_t layer = network.layers; layer >= 0; layer--) {
@@ -250,10 +278,9 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
                 for (int64_t i = 0; i < width; i++) by_bias[i] += above[r * width + i];
             add_product(width, hidden, n, {above, 1, width}, value, hidden, by_bias + width, hidden);
             memset(below, 0, n * hidden * sizeof(float));
-            add_product(n, hidden, width, {above, width, 1}, weight, hidden, below, hidden);
+            add_product(n, hidden, width, {above, width, 1}, parameters[2 * layer + 1], hidden, below, hidden);
             for (int64_t i = 0; i < n * hidden; i += LANES) store(above + i, load(below + i) * load(slope + i));
             width = hidden;
-            weight -= hidden * hidden;
             by_bias -= hidden + hidden * hidden;
         }
         Place place(network, start);
@@ -263,6 +290,13 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
             for (int64_t i = 0; i < hidden; i += LANES) store(to + i, load(to + i) + load(above + r * hidden + i));
         }
         add_product(hidden, inputs, n, {above, 1, hidden}, states, inputs, by_parameters, inputs);
+        if (by_states) {
+            memset(states, 0, n * inputs * sizeof(float));
+            add_product(n, inputs, hidden, {above, hidden, 1}, first.floats, inputs, states, inputs);
+            for (int64_t r = 0; r < n; r++)
+                memcpy(by_states + (start + r) * network.inputs, states + r * inputs, network.inputs * sizeof(float));
+            // Columns beyond the inputs stay zero, as those of `first` are.
+        }
     }
     return 0;
 }

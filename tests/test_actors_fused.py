@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from driftstream.actors import native
 from driftstream.actors import policy as policy_module
 from driftstream.actors.fused import is_plain, joint_network
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig, StateTimeNet
@@ -37,6 +38,15 @@ POLICIES: dict[str, dict[str, Any]] = {
     "langevin scalar": {"langevin": True, "langevin_scale": "scalar"},
     "all": {"learned_variance": True, "learned_backward": True, "langevin": True, "precondition": True},
 }
+
+
+@pytest.fixture(params=[True, False], ids=["native", "torch"], autouse=True)
+def _either_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on torch's operations too, which take what the native network does not."""
+    if not request.param:
+        monkeypatch.setattr(native, "library", lambda: None)
+
+
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 every_policy = pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES.keys())
 every_grid = pytest.mark.parametrize("kind", ["uniform", "random"])
@@ -197,7 +207,6 @@ def test_networks_that_are_watched_or_transformed_are_left_to_torch() -> None:
     embedding = net.embed(torch.tensor([0.3], dtype=torch.float64))[0].detach()
     expected = net(x, embedding)
     assert is_plain(net, x)
-    assert not is_plain(net, x.clone().requires_grad_())
     with torch.autocast("cpu"):
         assert not is_plain(net, x)
     torch.testing.assert_close(torch.vmap(lambda row: net(row, embedding))(x), expected)
