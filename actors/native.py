@@ -78,6 +78,16 @@ def library() -> Library | None:
     return found if found is not None and found.version == VERSION else None
 
 
+def describe() -> str:
+    """What evaluates policies on the processor, for people: the build, or why there is none."""
+    built = library()
+    if built is not None:
+        return f"native ({built.name.removeprefix('network_')})"
+    if os.environ.get(SWITCH, "1") == "0":
+        return f"torch's operations ({SWITCH}=0)"
+    return "torch's operations (no native build for this processor: was there a C++ compiler when this was installed?)"
+
+
 def fits(tensors: Sequence[Tensor], weight: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether a build can evaluate the network of this first weight and these layers on `tensors`."""
     built, hidden = library(), len(weight)
@@ -251,4 +261,4 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "driftstream-network")
 
 
-__all__ = ["BUILDS", "NativeStepNetwork", "fits", "is_per_step", "library", "native_network", "network_of"]
+__all__ = ["BUILDS", "NativeStepNetwork", "describe", "fits", "is_per_step", "library", "native_network", "network_of"]

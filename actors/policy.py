@@ -214,7 +214,7 @@ class DiffusionPolicy(nn.Module):
         self, x: Tensor, out: Tensor, embedding: TimeEmbedding, score: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` from the output `out [..., outputs]` of `forward_net`, which may be overwritten."""
-        drift, *others = out.split(self.dim, dim=-1)
+        drift, *others = (out,) if out.shape[-1] == self.dim else out.split(self.dim, dim=-1)
         log_var = self.config.log_var_range * others[-1].tanh() if self.learned_variance else None
         if embedding.units is not None:
             drift = embedding.units.scaled(x, drift, others[0])

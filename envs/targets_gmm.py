@@ -86,9 +86,53 @@ class GaussianMixture(Target):
         return (means @ ratios / total - columns) * self._precision
 
 
+class GridMixture(GaussianMixture):
+    """Equal isotropic Gaussians at all points of side^D: D independent mixtures along one axis, evaluated as such.
+
+    side [M], of which the mixture has M^D means; else as `GaussianMixture`.
+    """
+
+    def __init__(self, name: str, side: Tensor, dim: int, variance: float) -> None:
+        super().__init__(name, torch.cartesian_prod(*[side] * dim).view(-1, dim), variance)
+        self.side = side.double()
+        self._log_scale = -math.log(len(side)) - 0.5 * math.log(2 * math.pi * variance)
+        # In these units a squared distance is minus the log density to base 2.
+        self._unit = math.sqrt(2.0 * variance * LN_2)
+        self._axis = Constants(
+            (self.side / self._unit).unsqueeze(-1), torch.stack([torch.ones_like(self.side), self.side])
+        )
+
+    def log_reward(self, x: Tensor) -> Tensor:
+        nearest, moments = self._along_axes(x)
+        return self._sum_over_axes(x, nearest, moments[0])
+
+    def score(self, x: Tensor) -> Tensor:
+        return self._pull(x, self._along_axes(x)[1])
+
+    def log_reward_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        nearest, moments = self._along_axes(x)
+        return self._sum_over_axes(x, nearest, moments[0]), self._pull(x, moments)
+
+    def noised(self, scale: float, variance: float) -> "GridMixture":
+        return GridMixture(self.name, scale * self.side, self.dim, (scale * self.std) ** 2 + variance)
+
+    def _along_axes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all N coordinates of x: the least squared distance [N], in units; [2, N]: sum and first moment of what the
+        components' densities are, as ratios to the largest."""
+        side, powers = self._axis.like(x)
+        distance = (x.reshape(-1) / self._unit - side).square()
+        nearest = distance.detach().amin(0)
+        return nearest, powers @ torch.exp2(nearest - distance)
+
+    def _sum_over_axes(self, x: Tensor, nearest: Tensor, total: Tensor) -> Tensor:
+        return self._log_sum(-nearest, total).view(x.shape).sum(-1) + self.dim * self._log_scale
+
+    def _pull(self, x: Tensor, moments: Tensor) -> Tensor:
+        return ((moments[1] / moments[0]).view(x.shape) - x) * self._precision
+
+
 def _grid_mixture(name: str, side: tuple[float, ...], variance: float) -> GaussianMixture:
-    axis = torch.tensor(side, dtype=torch.float64)
-    target = GaussianMixture(name, torch.cartesian_prod(axis, axis), variance)
+    target = GridMixture(name, torch.tensor(side, dtype=torch.float64), 2, variance)
     reach = max(side) + 5.0
     target.diffusion_variance = 5.0
     target.plot_range = (-reach, reach)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from driftstream.actors import native
 from driftstream.actors.mala import MalaConfig
 from driftstream.envs.errors import require
 from driftstream.eval.bench_data import bench_decode, bench_replay, bench_weights, make_batch
@@ -74,6 +75,7 @@ def speed(flags: BenchFlags, announce: Callable[[str], object]) -> tuple[dict[st
         "repeats": repeats,
         "seed": flags.seed,
         "threads": torch.get_num_threads(),
+        "network": native.describe(),
         "torch": torch.__version__,
     }
     tables = [comparison_table(comparison, config) for comparison in comparisons]

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from driftstream.actors import native
 from driftstream.envs.targets import CountedTarget, Target, make_target
 from driftstream.eval.monitor import resolve_mode
 from driftstream.launch.config import RunConfig, to_toml
@@ -36,6 +37,8 @@ def placement(config: RunConfig, root: Path) -> list[str]:
     lines = [f"run directory: {RunDirectory(root).shown}", f"W&B: {resolve_mode(config.monitor.wandb)}"]
     learner = f"learner: {device}, {config.learner.threads} thread(s)"
     lines.append(f"{learner}; every role in one process" if config.sync else f"{learner}, a process of its own")
+    if device.type == "cpu":
+        lines.append(f"policies: {native.describe()}")
     if config.data == "on_policy":
         lines.append("no actors or refiners: the learner rolls out itself")
     for role, part in (("actor", config.actor), ("refiner", config.refiner)) if config.data == "stream" else ():

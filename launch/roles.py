@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from driftstream.actors import native
 from driftstream.actors.actor import Actor, run_actor
 from driftstream.actors.context import ActorContext, AskReplayed, no_replay
 from driftstream.actors.kinds import blaming, expand_kinds, is_built_in, short_name
@@ -168,6 +169,7 @@ def run_role(role: str, config: RunConfig, context: RoleContext) -> None:
         "refiner": config.refiner.threads,
     }
     torch.set_num_threads(threads.get(role, 1))
+    logging.getLogger("driftstream").info("policies: %s", native.describe())
     if role == "learner":
         learner = build_learner(config, context.seed)
         on_policy_actors = None
