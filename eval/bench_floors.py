@@ -127,6 +127,51 @@ class UpdateFloor:
             chain.backward()
 
 
+class RolloutNetwork:
+    """The products, activations, noise and scores of `RolloutFloor`, by what evaluates the policy."""
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        batch_size: int,
+        times: Tensor,
+        generator: torch.Generator,
+        score_of: Target | None = None,
+    ) -> None:
+        self._policy, self._times, self._generator, self._score_of = policy, times, generator, score_of
+        self._x = torch.randn(batch_size, policy.dim, generator=generator)
+        self._noise = torch.empty_like(self._x)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        network = self._policy.forward_net.by_steps(self._policy.embed_times(self._times[:-1]).hidden, len(self._x))
+        for n in range(len(self._times) - 1):
+            if self._score_of is not None:
+                self._score_of.score(self._x)
+            network(self._x, n)
+            self._noise.normal_(generator=self._generator)
+
+
+class UpdateNetwork:
+    """The products and activations of `UpdateFloor`, there and back, by what evaluates the policy."""
+
+    def __init__(self, policy: DiffusionPolicy, batch_size: int, times: Tensor, generator: torch.Generator) -> None:
+        self._policy, self._times = policy, times
+        self._x = torch.randn(batch_size, len(times) - 1, policy.dim, generator=generator)
+        outputs = state_widths(policy)[-1]
+        self._gradient = torch.randn(batch_size, len(times) - 1, outputs, generator=generator)
+
+    def __call__(self) -> None:
+        embedding = self._policy.embed_times(self._times[:-1])
+        outputs = [self._policy.forward_net(self._x, embedding.hidden)]
+        gradients = [self._gradient]
+        if embedding.langevin_scale is not None:
+            outputs.append(embedding.langevin_scale)
+            gradients.append(torch.ones_like(embedding.langevin_scale))
+        parameters = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
+        torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)
+
+
 def state_widths(policy: DiffusionPolicy) -> list[int]:
     """Widths of the layers that every state goes through."""
     net = policy.forward_net

@@ -9,7 +9,7 @@ from driftstream.actors.mala import MalaConfig, run_mala
 from driftstream.actors.rollout import rollout
 from driftstream.envs.grids import make_grid
 from driftstream.envs.targets import unwrap
-from driftstream.eval.bench_floors import RolloutFloor, UpdateFloor
+from driftstream.eval.bench_floors import RolloutFloor, RolloutNetwork, UpdateFloor, UpdateNetwork
 from driftstream.eval.bench_gradients import sampling_steps
 from driftstream.eval.bench_naive import NaiveTrajectoryBalance, diffusion_variance_of
 from driftstream.eval.bench_published import PublishedTrajectoryBalance, published_policy
@@ -102,6 +102,7 @@ def bench_rollout(
     contenders: Calls = {
         "rollout": steps.rollout,
         "floor": floor,
+        "network alone": RolloutNetwork(learner.policy, steps.rows, steps.times, learner.generator, score_of),
         "naive rollout": others["naive rollout"],
     }
     seconds = time_rounds(contenders, repeats)
@@ -122,6 +123,7 @@ def bench_update(
     contenders: Calls = {
         "update": steps.update,
         "floor": floor,
+        "network alone": UpdateNetwork(learner.policy, steps.rows, steps.times, learner.generator),
         "learner step": steps.learn,
         "rollout + update": steps.both,
         "naive step": others["naive step"],

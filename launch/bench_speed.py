@@ -33,9 +33,11 @@ DEFAULT_REPEATS = 20
 DEFAULT_BATCH = 300
 CAPTIONS = {
     "rollout": "Floor: the policy's matrix products, activations and the noise at the same shapes, into buffers that "
-    "are there (and the target's gradient calls, with Langevin policies). Naive: per-step embedding of the time, "
+    "are there (and the target's gradient calls, with Langevin policies), by torch's operations. Network alone: the "
+    "same by what evaluates the policy, native code where it is built. Naive: per-step embedding of the time, "
     "log-probabilities from torch.distributions, autograd's score, and a graph of it all.",
-    "update": "Floor: the policy's matrix products and activations, there and back. Update: loss, backward, Adam's "
+    "update": "Floor: the policy's matrix products and activations, there and back, by torch's operations. Network "
+    "alone: the same by what evaluates the policy, native code where it is built. Update: loss, backward, Adam's "
     "step, from trajectories that are there. Learner step: that, with replay, statistics and the weights' average. "
     "Naive step: rollout with a graph, loss, backward, Adam's step. Published step: that, with the operations "
     "of the published implementation. Both in a process of their own.",

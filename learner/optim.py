@@ -70,12 +70,14 @@ class Optimizer:
 
         A loss or gradient that is not finite changes nothing but clears the gradients.
         """
-        self.adam.zero_grad(set_to_none=True)
+        # Of a few small tensors, torch's own functions for these take longer than the work.
+        for parameter in self._parameters:
+            parameter.grad = None
         loss.backward()
-        total = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if self.config.clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, total)
-        norm = float(total)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+        if 0.0 < self.config.clip_grad_norm < norm < math.inf:
+            torch._foreach_mul_(gradients, self.config.clip_grad_norm / norm)
         # A target's infinite reward is a constant to the gradient, which then tells nothing.
         norm = norm if math.isfinite(loss.detach()) else math.nan
         if math.isfinite(norm):

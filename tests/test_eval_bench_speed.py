@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from driftstream.actors import native
 from driftstream.actors.mala import MalaConfig
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
 from driftstream.actors.rollout import rollout
 from driftstream.envs.processes import BrownianProcess, OrnsteinUhlenbeckProcess
 from driftstream.envs.targets import make_target, unwrap
 from driftstream.eval.bench_data import SortedArray, bench_decode, bench_replay, bench_weights, make_batch
-from driftstream.eval.bench_floors import Chain, RolloutFloor, UpdateFloor
+from driftstream.eval.bench_floors import Chain, RolloutFloor, RolloutNetwork, UpdateFloor, UpdateNetwork
 from driftstream.eval.bench_naive import NaiveTrajectoryBalance, diffusion_variance_of
 from driftstream.eval.bench_published import PublishedTrajectoryBalance, published_policy
 from driftstream.eval.bench_rounds import Comparison, compare, time_rounds
@@ -147,14 +148,20 @@ def test_a_chain_has_the_operations_of_a_perceptron(input_gradient: bool) -> Non
 
 @pytest.mark.parametrize("langevin", [False, True])
 @pytest.mark.parametrize("learned_variance", [False, True])
-def test_floors_do_the_products_of_ours_and_no_others(langevin: bool, learned_variance: bool) -> None:
+def test_floors_do_the_products_of_ours_and_no_others(
+    langevin: bool, learned_variance: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only torch's own operations are counted.
+    monkeypatch.setattr(native, "library", lambda: None)
     # A target without products of its own.
     steps = Steps(small_learner(langevin, learned_variance, target="manywell"))
     policy, generator = steps.learner.policy, torch.Generator().manual_seed(0)
     floor = RolloutFloor(policy, 6, 5, generator, unwrap(steps.learner.target) if langevin else None)
-    assert flops_of(floor) == floor.flops == flops_of(steps.rollout)
+    alone = RolloutNetwork(policy, 6, steps.times, generator)
+    assert flops_of(floor) == floor.flops == flops_of(steps.rollout) == flops_of(alone)
     update = UpdateFloor(policy, 6, 5, generator)
-    assert flops_of(update) == update.flops == flops_of(steps.update)
+    update_alone = UpdateNetwork(policy, 6, steps.times, generator)
+    assert flops_of(update) == update.flops == flops_of(steps.update) == flops_of(update_alone)
 
 
 def test_the_floor_draws_the_noise_of_a_rollout() -> None:
@@ -200,8 +207,9 @@ def check(found: Comparison, name: str, rows: list[str], figures: set[str]) -> N
 
 def test_computing_is_compared() -> None:
     flops = {"floor_flops", "floor_gflops_per_s"}
-    check(bench_rollout(small_learner(True), 2, 1.0), "rollout", ["rollout", "floor", "naive rollout"], flops)
-    rows = ["update", "floor", "learner step", "rollout + update", "naive step", "published step"]
+    rows = ["rollout", "floor", "network alone", "naive rollout"]
+    check(bench_rollout(small_learner(True), 2, 1.0), "rollout", rows, flops)
+    rows = ["update", "floor", "network alone", "learner step", "rollout + update", "naive step", "published step"]
     check(bench_update(small_learner(), 2), "update", rows, {*flops, "speed_up", "published_speed_up"})
     check(bench_mala(small_learner(), MalaConfig(4, 6, 3), 2), "mala", ["mala", "floor"], set())
 
