@@ -16,7 +16,7 @@ from driftstream.envs.densities import is_transformed
 
 
 def is_plain(network: nn.Module, x: Tensor) -> bool:
-    """Whether the network on `x` is no more than its parameters.
+    """Whether the network on `x` is no more than its parameters, so that other code may evaluate it.
 
     Not so where hooks watch it or a transformation of torch goes through it.
     """
@@ -39,10 +39,10 @@ def joint_network(x: Tensor, embedding: Tensor, weight: Tensor, layers: list[Lay
         layers: at least one, from H to the outputs.
 
     Returns:
-        `[..., outputs]`. Gradients flow to everything. Where x needs none and there is no native network, those by the
-        others have none of their own.
+        `[..., outputs]`. Gradients flow to everything. Where x needs none and the native network does not serve, those
+        by the others have none of their own.
     """
-    if is_per_step(x, embedding) and fits((x, embedding), weight, layers):
+    if fits((x, embedding), weight, layers) and is_per_step(x, embedding, weight):
         return native_network(x, embedding, weight, layers)
     if torch.is_grad_enabled() and x.requires_grad:
         return network_of(x, embedding, weight, layers)

@@ -1,4 +1,4 @@
-"""The network of `fused` in the processor's own vectors (network.cpp): twice as fast as torch's operations.
+"""The network of `fused` in the processor's own vectors (network.cpp), faster than torch's operations.
 
 It is built when the package is installed, if there is a C++ compiler, and used for single precision on the processor.
 Everything else runs on torch's operations, as all does with `DRIFTSTREAM_NATIVE=0` in the environment.
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import gelu, linear
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ PART_ROWS = 1024
 """Threads get at least so many rows each: what a part takes is then twenty times what handing it over takes."""
 
 
-class _Shape(ctypes.Structure):
+class _Network(ctypes.Structure):
     """`Network` of network.cpp."""
 
     _fields_ = tuple(
@@ -89,18 +90,46 @@ def describe() -> str:
 
 
 def fits(tensors: Sequence[Tensor], weight: Tensor, layers: Sequence[Layer]) -> bool:
-    """Whether a build can evaluate the network of this first weight and these layers on `tensors`."""
-    built, hidden = library(), len(weight)
-    if built is None or hidden % built.lanes or any(layer.shape != (hidden, hidden) for layer, _ in layers[:-1]):
+    """Whether a build can evaluate the network of this first weight and these layers, which come with `tensors`.
+
+    Not so where something follows torch's operations, or where torch would raise.
+    """
+    built = library()
+    if built is None or _is_followed():
+        return False
+    (hidden, inputs), outputs = weight.shape, layers[-1][0].shape[0]
+    if hidden % built.lanes or not min(hidden, inputs, outputs):
+        return False
+    widths = [*[hidden] * (len(layers) - 1), outputs]
+    if any(w.shape != (width, hidden) or b.shape != (width,) for (w, b), width in zip(layers, widths, strict=True)):
         return False
     every = (*tensors, weight, *(tensor for layer in layers for tensor in layer))
-    return all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in every)
+    # Other types may have no memory of their own.
+    return all(
+        type(t) in (Tensor, Parameter) and t.dtype == torch.float32 and t.is_cpu and not t.is_neg() for t in every
+    )
 
 
-def is_per_step(x: Tensor, embedding: Tensor) -> bool:
-    """Whether the embedding is only the same for all of the leading dimensions of x that it does not have."""
+def _is_followed() -> bool:
+    """Whether tracing, forward-mode differentiation or a mode such as a counter of operations is at work."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_per_step(x: Tensor, embedding: Tensor, weight: Tensor) -> bool:
+    """Whether x [..., D] and the embedding [..., H] fit that weight, and each other without broadcasting.
+
+    The embedding's leading dimensions are the last ones of those of x then.
+    """
     leading = embedding.shape[:-1]
-    return leading == x.shape[x.dim() - 1 - len(leading) : -1]
+    return (
+        embedding.dim() > 0
+        and weight.shape == (embedding.shape[-1], x.shape[-1])
+        and leading == x.shape[x.dim() - 1 - len(leading) : -1]
+    )
 
 
 def network_of(x: Tensor, embedding: Tensor, weight: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -112,7 +141,7 @@ def network_of(x: Tensor, embedding: Tensor, weight: Tensor, layers: Sequence[La
 
 
 def native_network(x: Tensor, embedding: Tensor, weight: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """`fused.joint_network` of what `fits`, with an embedding that `is_per_step`."""
+    """`fused.joint_network` of what `fits`, where embedding and states are as `is_per_step` says."""
     parameters = [parameter for layer in layers for parameter in layer]
     if torch.is_grad_enabled():
         return _NativeNetwork.apply(x, embedding, weight, *parameters)
@@ -126,16 +155,16 @@ class _Parameters:
         self.tensors = [tensor.detach().contiguous() for tensor in tensors]
         self.pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in self.tensors))
 
-    def shape(self, rows: int, period: int, group_stride: int, step_stride: int) -> _Shape:
+    def network(self, rows: int, period: int, group_stride: int, step_stride: int) -> _Network:
         """The network on so many rows, and where they stand."""
         hidden, inputs = self.tensors[0].shape
         layers, outputs = len(self.tensors) // 2 - 1, self.tensors[-1].shape[0]
-        return _Shape(inputs, hidden, layers, outputs, rows, period, group_stride, step_stride)
+        return _Network(inputs, hidden, layers, outputs, rows, period, group_stride, step_stride)
 
-    def packed(self, built: Library, shape: _Shape) -> Tensor:
+    def packed(self, built: Library, network: _Network) -> Tensor:
         """`factors` of network.cpp."""
-        factors = self.tensors[0].new_empty(built.factors(ctypes.byref(shape)))
-        built.pack(ctypes.byref(shape), self.pointers, factors.data_ptr())
+        factors = self.tensors[0].new_empty(built.factors(ctypes.byref(network)))
+        built.pack(ctypes.byref(network), self.pointers, factors.data_ptr())
         return factors
 
 
@@ -146,71 +175,74 @@ class _Rows:
         self.built = _built()
         self.parameters = _Parameters(parameters)
         self.leading = x.shape[:-1]
-        period = embedding.shape[:-1].numel()
+        rows, period = self.leading.numel(), embedding.shape[:-1].numel()
         # States of trajectories are used where they stand, between those that are left out.
         in_place = x.dim() == 3 and embedding.dim() == 2 and x.stride(-1) == 1
-        self.x = x if in_place else x.reshape(-1, period, x.shape[-1]).contiguous()
-        self.shape = self.parameters.shape(self.leading.numel(), period, self.x.stride(0), self.x.stride(1))
+        self.x = x if in_place else x.reshape(rows // max(1, period), period, x.shape[-1]).contiguous()
+        self.network = self.parameters.network(rows, period, self.x.stride(0), self.x.stride(1))
 
     def forward(self, embedding: Tensor, kept: Tensor | None) -> Tensor:
         """The outputs [..., outputs]; what enters each GELU is written to `kept` [layers, rows, hidden]."""
-        shape, embedding = self.shape, embedding.contiguous()
-        factors = self.parameters.packed(self.built, shape)
-        out = self.x.new_empty(*self.leading, shape.outputs)
-        where = None if kept is None else kept.data_ptr()
+        network, embedding = self.network, embedding.contiguous()
+        factors = self.parameters.packed(self.built, network)
+        out = self.x.new_empty(*self.leading, network.outputs)
 
         def part(begin: int, end: int) -> None:
-            tensors = self.x.data_ptr(), embedding.data_ptr(), factors.data_ptr(), where, out.data_ptr()
-            _check(self.built.forward(ctypes.byref(shape), begin, end, *tensors))
+            tensors = self.x.data_ptr(), embedding.data_ptr(), factors.data_ptr(), _place(kept), out.data_ptr()
+            _check(self.built.forward(ctypes.byref(network), begin, end, *tensors))
 
-        _in_parts(shape.rows, part)
+        _in_parts(network.rows, part)
         return out
 
     def backward(self, gradient: Tensor, kept: Tensor, by_states: bool) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Gradients by the states if asked for, by the embedding, and by all parameters in their order."""
-        shape, gradient = self.shape, gradient.contiguous()
-        inputs = -(-shape.inputs // self.built.lanes) * self.built.lanes
-        sizes = [torch.Size((shape.hidden, inputs))]
+        network, gradient = self.network, gradient.contiguous()
+        inputs = -(-network.inputs // self.built.lanes) * self.built.lanes
+        sizes = [torch.Size((network.hidden, inputs))]
         for bias in self.parameters.tensors[2::2]:
-            sizes += [bias.shape, torch.Size((len(bias), shape.hidden))]
-        lengths = [shape.period * shape.hidden, *(size.numel() for size in sizes)]
-        by_x = self.x.new_empty(*self.leading, shape.inputs) if by_states else None
-        where = None if by_x is None else by_x.data_ptr()
+            sizes += [bias.shape, torch.Size((len(bias), network.hidden))]
+        lengths = [network.period * network.hidden, *(size.numel() for size in sizes)]
+        by_x = self.x.new_empty(*self.leading, network.inputs) if by_states else None
 
         def part(begin: int, end: int) -> Tensor:
             by = self.x.new_zeros(sum(lengths))
-            tensors = self.x.data_ptr(), self.parameters.pointers, kept.data_ptr(), gradient.data_ptr(), where
+            tensors = self.x.data_ptr(), self.parameters.pointers, kept.data_ptr(), gradient.data_ptr(), _place(by_x)
             by_parameters = by.data_ptr() + lengths[0] * by.element_size()
-            _check(self.built.backward(ctypes.byref(shape), begin, end, *tensors, by.data_ptr(), by_parameters))
+            _check(self.built.backward(ctypes.byref(network), begin, end, *tensors, by.data_ptr(), by_parameters))
             return by
 
-        sums = _in_parts(shape.rows, part)
+        sums = _in_parts(network.rows, part)
         total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
         by_embedding, *flat = total.split(lengths)
         by_weight, *others = (part.view(size) for part, size in zip(flat, sizes, strict=True))
         in_order = [by for bias, weight in zip(others[::2], others[1::2], strict=True) for by in (weight, bias)]
-        return by_x, by_embedding, [by_weight[:, : shape.inputs], *in_order]
+        return by_x, by_embedding, [by_weight[:, : network.inputs], *in_order]
 
 
 class _NativeNetwork(torch.autograd.Function):
-    """`native_network` and its gradient, which torch's operations compute where it is itself to be differentiated."""
+    """`native_network` and its gradient, by torch's operations where that is itself differentiated or batched."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, embedding: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
         rows = _Rows(x, embedding, (weight, *parameters))
-        kept = x.new_empty(len(parameters) // 2, rows.shape.rows, rows.shape.hidden)
+        kept = x.new_empty(len(parameters) // 2, rows.network.rows, rows.network.hidden)
         ctx.save_for_backward(kept, x, embedding, weight, *parameters)
         return rows.forward(embedding, kept)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kept, *inputs = ctx.saved_tensors
-        x, embedding, weight, *parameters = inputs
-        if torch.is_grad_enabled():
+        differentiated = torch.is_grad_enabled()
+        if differentiated or torch._C._functorch.is_legacy_batchedtensor(gradient):
+            with torch.enable_grad():
+                # Views, at which the way back ends even where one of them depends on another.
+                inputs = [tensor.view_as(tensor) for tensor in inputs]
+                x, embedding, weight, *parameters = inputs
+                out = network_of(x, embedding, weight, list(zip(parameters[::2], parameters[1::2], strict=True)))
             wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-            out = network_of(x, embedding, weight, list(zip(parameters[::2], parameters[1::2], strict=True)))
-            found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True))
+            found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=differentiated))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        x, embedding, weight, *parameters = inputs
         rows = _Rows(x, embedding, (weight, *parameters))
         by_x, by_embedding, by_parameters = rows.backward(gradient, kept, ctx.needs_input_grad[0])
         return by_x, by_embedding.view(embedding.shape), *by_parameters
@@ -224,14 +256,22 @@ class NativeStepNetwork:
         parameters = _Parameters([weight, *(tensor for layer in layers for tensor in layer)])
         self._forward = built.forward
         self._embeddings = embedding.detach().contiguous()
-        self._shape = parameters.shape(rows, 1, inputs, inputs)
-        self._factors = parameters.packed(built, self._shape)
-        self._out = weight.new_empty(rows, self._shape.outputs)
+        self._network = parameters.network(rows, 1, inputs, inputs)
+        self._factors = parameters.packed(built, self._network)
+        self._out = weight.new_empty(rows, self._network.outputs)
 
     def __call__(self, x: Tensor, n: int) -> Tensor:
-        x, embedding, shape = x.contiguous(), self._embeddings[n], self._shape
-        tensors = x.data_ptr(), embedding.data_ptr(), self._factors.data_ptr(), None, self._out.data_ptr()
-        _check(self._forward(ctypes.byref(shape), 0, shape.rows, *tensors))
+        network = self._network
+        if x.shape != (network.rows, network.inputs) or x.dtype != torch.float32 or not x.is_cpu:
+            expected = f"float32 {[network.rows, network.inputs]} on the processor"
+            raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device}: expected {expected}")
+        x, embedding = x.contiguous(), self._embeddings[n]
+
+        def part(begin: int, end: int) -> None:
+            tensors = x.data_ptr(), embedding.data_ptr(), self._factors.data_ptr(), None, self._out.data_ptr()
+            _check(self._forward(ctypes.byref(network), begin, end, *tensors))
+
+        _in_parts(network.rows, part)
         return self._out
 
 
@@ -240,6 +280,10 @@ def _built() -> Library:
     if built is None:
         raise RuntimeError("there is no native network: ask `fits` first")
     return built
+
+
+def _place(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _check(status: int) -> None:
@@ -259,6 +303,11 @@ def _in_parts(rows: int, call: Callable[[int, int], T]) -> list[T]:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "driftstream-network")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has none of these threads.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 __all__ = ["BUILDS", "NativeStepNetwork", "describe", "fits", "is_per_step", "library", "native_network", "network_of"]

@@ -54,14 +54,15 @@ INLINE void polynomial(const float (&coefficients)[TERMS], const Floats (&at)[V]
 // value = GELU(z) = z Phi(z), and its slope Phi(z) + z phi(z), of V vectors side by side.
 //
 // Phi(-a) = exp(-a^2/2) t P(t), t = 1/(1 + p a), with P fitted to Mills' ratio for the least relative error, 2e-7 (after
-// Hastings 1955, who fitted the error function). Twelve deviations out nothing is left of it in single precision.
+// Hastings 1955, who fitted the error function). Beyond twelve deviations, where less than 1e-31 is left, the tail stays
+// what it is there. What is not a number stays so.
 template <int V, bool SLOPE>
 INLINE void gelu(const float* z, float* value, float* slope) {
     Floats x[V], distance[V], t[V], fraction[V], whole[V], power[V], tail[V];
     for (int v = 0; v < V; v++) {
         x[v] = load(z + v * LANES);
         distance[v] = (Floats)((Integers)x[v] & 0x7fffffff);
-        distance[v] = distance[v] < 12.0f ? distance[v] : 12.0f - Floats{};
+        distance[v] = distance[v] > 12.0f ? 12.0f - Floats{} : distance[v];
         t[v] = 1.0f / (1.0f + 0.28f * distance[v]);
         // exp(-a^2/2) = 2^(whole + fraction): a sum with 1.5 * 2^23 has the whole part in its lowest bits.
         fraction[v] = distance[v] * distance[v] * -0.72134752f;
@@ -76,7 +77,8 @@ INLINE void gelu(const float* z, float* value, float* slope) {
         store(value + v * LANES, (x[v] < 0.0f ? Floats{} : x[v]) - distance[v] * tail[v]);
         if (SLOPE) {
             Floats below = x[v] < 0.0f ? tail[v] : 1.0f - tail[v];
-            store(slope + v * LANES, below + x[v] * density * 0.39894228f);
+            Floats side = (Floats)((Integers)distance[v] | ((Integers)x[v] & INT32_MIN));
+            store(slope + v * LANES, below + side * density * 0.39894228f);
         }
     }
 }
@@ -159,14 +161,22 @@ struct Place {
     }
 };
 
-// Memory for the blocks of one call.
+// Memory of one call.
 struct Scratch {
     float* floats;
 
-    explicit Scratch(int64_t width)
-        : floats((float*)aligned_alloc(ALIGNMENT, (width * BLOCK_ROWS * sizeof(float) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT)) {}
+    explicit Scratch(int64_t size)
+        : floats((float*)aligned_alloc(ALIGNMENT, (size * sizeof(float) / ALIGNMENT + 1) * ALIGNMENT)) {}
     ~Scratch() { free(floats); }
 };
+
+// to [width] += the rows [n, width], which are summed first: one row at a time would lose digits in a large total.
+INLINE void add_rows(int64_t n, int64_t width, const float* rows, float* sums, float* to) {
+    memset(sums, 0, width * sizeof(float));
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < width; i++) sums[i] += rows[r * width + i];
+    for (int64_t i = 0; i < width; i++) to[i] += sums[i];
+}
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -212,7 +222,7 @@ int32_t network_forward(const Network* shape, int64_t begin, int64_t end, const 
                         const float* factors, float* kept, float* out) {
     const Network network = *shape;
     const int64_t inputs = network.inputs, hidden = network.hidden, outputs = padded(network.outputs);
-    Scratch scratch(inputs + 2 * hidden + outputs);
+    Scratch scratch(BLOCK_ROWS * (inputs + 2 * hidden + outputs));
     if (!scratch.floats) return 1;
     float* outcome = scratch.floats;
     float* value = outcome + BLOCK_ROWS * outputs;
@@ -256,7 +266,7 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
     const Network network = *shape;
     const int64_t inputs = padded(network.inputs), hidden = network.hidden, outputs = network.outputs;
     const int64_t widest = hidden > outputs ? hidden : outputs;
-    Scratch scratch(inputs + 3 * hidden + widest), first(by_states ? (inputs * hidden + BLOCK_ROWS - 1) / BLOCK_ROWS : 1);
+    Scratch scratch(BLOCK_ROWS * (inputs + 3 * hidden + widest) + widest), first(by_states ? inputs * hidden : 0);
     if (!scratch.floats || !first.floats) return 1;
     for (int64_t row = 0; by_states && row < hidden; row++)
         for (int64_t i = 0; i < inputs; i++)
@@ -266,6 +276,7 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
     float* slope = value + BLOCK_ROWS * hidden;
     float* below = slope + BLOCK_ROWS * hidden;
     float* above = below + BLOCK_ROWS * hidden;
+    float* sums = above + BLOCK_ROWS * widest;
     memset(states, 0, BLOCK_ROWS * inputs * sizeof(float));
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
@@ -274,8 +285,7 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
         int64_t width = outputs;
         for (int64_t layer = network.layers; layer >= 0; layer--) {
             activate<true>(n * hidden, kept + (layer * network.rows + start) * hidden, value, slope);
-            for (int64_t r = 0; r < n; r++)
-                for (int64_t i = 0; i < width; i++) by_bias[i] += above[r * width + i];
+            add_rows(n, width, above, sums, by_bias);
             add_product(width, hidden, n, {above, 1, width}, value, hidden, by_bias + width, hidden);
             memset(below, 0, n * hidden * sizeof(float));
             add_product(n, hidden, width, {above, width, 1}, parameters[2 * layer + 1], hidden, below, hidden);
@@ -287,15 +297,16 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
         for (int64_t r = 0; r < n; r++, place.next(network)) {
             memcpy(states + r * inputs, place.state(network, x), network.inputs * sizeof(float));
             float* to = by_embedding + place.step * hidden;
-            for (int64_t i = 0; i < hidden; i += LANES) store(to + i, load(to + i) + load(above + r * hidden + i));
+            if (network.period > 1)
+                for (int64_t i = 0; i < hidden; i += LANES) store(to + i, load(to + i) + load(above + r * hidden + i));
         }
+        if (network.period == 1) add_rows(n, hidden, above, sums, by_embedding);
         add_product(hidden, inputs, n, {above, 1, hidden}, states, inputs, by_parameters, inputs);
         if (by_states) {
             memset(states, 0, n * inputs * sizeof(float));
             add_product(n, inputs, hidden, {above, hidden, 1}, first.floats, inputs, states, inputs);
             for (int64_t r = 0; r < n; r++)
                 memcpy(by_states + (start + r) * network.inputs, states + r * inputs, network.inputs * sizeof(float));
-            // Columns beyond the inputs stay zero, as those of `first` are.
         }
     }
     return 0;

@@ -103,7 +103,7 @@ class StateTimeNet(nn.Module):
 
         Step n is that of `embedding[n]`. What it returns is valid until the next call.
         """
-        if is_plain(self, embedding.detach()):
+        if is_plain(self, embedding):
             return step_network(embedding, self.state_net.weight, self._layers(), rows)
         return lambda x, n: self(x, embedding[n])
 

@@ -3,13 +3,18 @@
 import ctypes
 import math
 import platform
+import shutil
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from driftstream.actors import native
 from driftstream.actors.fused import joint_network, step_network
@@ -37,12 +42,13 @@ def runs(name: str) -> bool:
 @pytest.fixture(params=BUILDS)
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
     """That build is used. An install without a C++ compiler has none."""
+    if not runs(request.param):
+        pytest.skip(f"{request.param}: not for this processor")
     try:
-        built = Library(request.param) if runs(request.param) else None
+        built = Library(request.param)
     except OSError:
-        built = None
-    if built is None:
-        pytest.skip(f"{request.param}: not built, or not for this processor")
+        assert not any(map(shutil.which, ("c++", "g++", "clang++"))), f"{request.param} was not built"
+        pytest.skip(f"{request.param}: there is no C++ compiler")
     monkeypatch.setattr(native, "library", lambda: built)
     return built
 
@@ -159,6 +165,20 @@ def test_second_derivatives_are_autograds(build: Library) -> None:
         assert relative_error(found, wanted) < 1e-4
 
 
+def test_gradients_of_gradients_follow_every_path_once(build: Library) -> None:
+    """States of a later step depend on the parameters too, and a parameter may be used twice."""
+    x, embedding, weight, layers = make_leaves(((4, 3), (3,), 8, 8, 1, 8))
+    (inner, bias), (outer, last) = layers
+    layers = [(inner, bias), (inner, bias), (outer, last)]
+
+    def gradients(create_graph: bool) -> tuple[Tensor, ...]:
+        out = joint_network(joint_network(x, embedding, weight, layers), embedding, weight, layers)
+        return torch.autograd.grad(out.square().sum(), [x, weight, inner, last], create_graph=create_graph)
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert relative_error(found, expected) < 1e-5
+
+
 def test_only_the_gradients_that_are_wanted_are_given(build: Library) -> None:
     x, embedding, weight, layers = make_leaves(((4, 3), (3,), 2, 8, 2, 3))
     x, weight = x.detach(), weight.detach()
@@ -203,12 +223,80 @@ def test_a_part_of_the_rows_changes_no_other(build: Library) -> None:
     x, embedding, weight, layers = make_leaves(((211,), (), 3, 16, 1, 2))
     rows = native._Rows(x.detach(), embedding, flat((x, embedding, weight, layers))[2:])
     whole = rows.forward(embedding, None)
-    factors, out = rows.parameters.packed(build, rows.shape), torch.full((211, 2), math.nan)
+    factors, out = rows.parameters.packed(build, rows.network), torch.full((211, 2), math.nan)
     pointers = rows.x.data_ptr(), embedding.data_ptr(), factors.data_ptr(), None, out.data_ptr()
-    assert build.forward(ctypes.byref(rows.shape), 50, 200, *pointers) == 0
+    assert build.forward(ctypes.byref(rows.network), 50, 200, *pointers) == 0
     assert torch.equal(out[50:200], whole[50:200])
     assert bool(out[:50].isnan().all())
     assert bool(out[200:].isnan().all())
+
+
+def test_sums_over_many_rows_keep_their_digits(build: Library) -> None:
+    embedding = torch.zeros(8, requires_grad=True)
+    bias = torch.zeros(8, requires_grad=True)
+    out = joint_network(torch.zeros(1_000_000, 1), embedding, torch.zeros(8, 1), [(torch.eye(8), bias)])
+    weights = torch.rand(out.shape, generator=torch.Generator().manual_seed(0))
+    by_embedding, by_bias = torch.autograd.grad(out, [embedding, bias], weights)
+    exact = weights.double().sum(0)
+    torch.testing.assert_close(by_bias.double(), exact, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(by_embedding.double(), 0.5 * exact, rtol=1e-5, atol=0.0)
+
+
+def test_what_torch_refuses_is_refused(build: Library) -> None:
+    x, embedding, weight, layers = make_leaves(((4, 3), (3,), 2, 8, 1, 3))
+    (inner, bias), (outer, last) = layers
+    for wrong in (
+        (x[..., :1], embedding, weight, layers),
+        (x, embedding[:2], weight, layers),
+        (x, embedding, weight, [(inner, bias[:5]), (outer, last)]),
+        (x, embedding, weight, [(inner, bias), (outer[:, :4], last)]),
+        (x, embedding, weight.double(), layers),
+    ):
+        with pytest.raises(RuntimeError):
+            joint_network(*wrong)
+    one = embedding[:, :1]  # is broadcast
+    torch.testing.assert_close(joint_network(x, one, weight, layers), network_of(x, one, weight, layers))
+    steps = step_network(embedding, weight, layers, 4)
+    for states in (x[:3, 0], x[:, 0, :1], x[:, 0].double(), x[:, 0].to("meta")):
+        with pytest.raises(ValueError, match=r"expected float32 \[4, 2\]"):
+            steps(states, 0)
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 2, 0)])
+def test_no_rows_give_no_rows(build: Library, leading: tuple[int, ...]) -> None:
+    x, embedding, weight, layers = make_leaves((leading, leading[-1:], 2, 8, 1, 3))
+    out = joint_network(x, embedding, weight, layers)
+    assert out.shape == (*leading, 3)
+    assert all(not gradient.any() for gradient in torch.autograd.grad(out.sum(), [embedding, weight]))
+
+
+def test_what_follows_torchs_operations_sees_them(build: Library) -> None:
+    x, embedding, weight, layers = make_leaves(((4, 3), (3,), 2, 8, 1, 3))
+    expected = network_of(x, embedding, weight, layers).detach()
+    with FlopCounterMode(display=False) as counter:
+        joint_network(x, embedding, weight, layers)
+    assert counter.get_total_flops() == 2 * 12 * (2 * 8 + 8 * 8 + 8 * 3)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert joint_network(mode.from_tensor(x.detach()), embedding, weight, layers).shape == (4, 3, 3)
+    constants = embedding.detach(), weight.detach(), [(w.detach(), b.detach()) for w, b in layers]
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        traced = torch.jit.trace(lambda x: joint_network(x, *constants), x.detach())
+    torch.testing.assert_close(traced(x.detach()), expected)
+    tangent = torch.ones_like(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(
+            joint_network(forward_ad.make_dual(x.detach(), tangent), embedding, weight, layers)
+        )
+    assert dual.tangent is not None
+    by_x = torch.autograd.grad(joint_network(x, embedding, weight, layers).sum(), x)[0]
+    torch.testing.assert_close(dual.tangent.sum(), (by_x * tangent).sum())
+
+
+def test_gradients_may_be_batched(build: Library) -> None:
+    x, embedding, weight, layers = make_leaves(((4,), (), 2, 8, 1, 3))
+    found = torch.autograd.functional.jacobian(lambda x: joint_network(x, embedding, weight, layers), x, vectorize=True)
+    expected = torch.autograd.functional.jacobian(lambda x: network_of(x, embedding, weight, layers), x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["double", "odd hidden", "hidden not constant", "embedding over more rows", "off"])
