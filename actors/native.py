@@ -24,7 +24,7 @@ Layer = tuple[Tensor, Tensor]
 SWITCH = "DRIFTSTREAM_NATIVE"
 BUILDS = ("network_avx2", "network_generic")
 """Extensions that are built from network.cpp, each where the compiler knows how."""
-VERSION = 2
+VERSION = 3
 """`network_version` of network.cpp; a build of another one is not used."""
 PART_ROWS = 1024
 """Threads get at least so many rows each: what a part takes is then twenty times what handing it over takes."""

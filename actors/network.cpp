@@ -21,7 +21,7 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int ACCUMULATORS = 12;  // of 16 registers: three more hold what is multiplied
-constexpr int64_t BLOCK_ROWS = 48;
+constexpr int64_t BLOCK_ROWS = 96;
 constexpr int64_t ALIGNMENT = 64;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -34,6 +34,11 @@ INLINE Floats load(const float* from) {
 }
 
 INLINE void store(float* to, Floats values) { memcpy(to, &values, sizeof values); }
+
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
 
 INLINE int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
@@ -83,51 +88,92 @@ INLINE void gelu(const float* z, float* value, float* slope) {
     }
 }
 
-template <bool SLOPE>
-INLINE void activate(int64_t size, const float* z, float* value, float* slope) {
-    int64_t i = 0;
-    for (; i + 2 * LANES <= size; i += 2 * LANES) gelu<2, SLOPE>(z + i, value + i, slope + i);
-    for (; i < size; i += LANES) gelu<1, SLOPE>(z + i, value + i, slope + i);
+// B of a product: its columns come in strips of two vectors (the last may be of one), each contiguous, row after row.
+constexpr int64_t STRIP = 2 * LANES;
+
+INLINE int64_t strip_width(int64_t column, int64_t columns) { return columns - column < STRIP ? LANES : STRIP; }
+
+// Entry (row, column) of `from` stands at row * from_row + column * from_column; columns are padded with zeros.
+void pack(int64_t rows, int64_t columns, const float* from, int64_t from_row, int64_t from_column, float* to) {
+    for (int64_t first = 0; first < columns; first += STRIP) {
+        const int64_t width = strip_width(first, padded(columns));
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t column = first; column < first + width; column++)
+                *to++ = column < columns ? from[row * from_row + column * from_column] : 0.0f;
+    }
 }
 
-// A matrix of factors: entry (m, k) stands at m * row + k * column.
+// GELU of z [rows, columns], to rows as well or to strips, and its slope to rows.
+INLINE void activate(int64_t rows, int64_t columns, const float* z, float* value) {
+    int64_t i = 0;
+    for (; i + STRIP <= rows * columns; i += STRIP) gelu<2, false>(z + i, value + i, nullptr);
+    for (; i < rows * columns; i += LANES) gelu<1, false>(z + i, value + i, nullptr);
+}
+
+INLINE void activate_with_slope(int64_t rows, int64_t columns, const float* z, float* strips, float* slope) {
+    const int64_t whole = columns / STRIP * STRIP;
+    for (int64_t row = 0; row < rows; row++, z += columns, slope += columns) {
+        for (int64_t first = 0; first < whole; first += STRIP)
+            gelu<2, true>(z + first, strips + rows * first + row * STRIP, slope + first);
+        if (whole < columns) gelu<1, true>(z + whole, strips + rows * whole + row * LANES, slope + whole);
+    }
+}
+
+// A matrix: entry (m, k) stands at m * row + k * column.
 struct Factors {
     const float* entries;
     int64_t row, column;
 };
 
-// C [M, V vectors] += A [M, K] B [K, V vectors], K >= 1, in registers.
-template <int M, int V>
-INLINE void tile(int64_t K, Factors a, const float* b, int64_t b_row, float* c, int64_t c_row) {
+// What the sums of a product are added to, or multiplied by where SCALE is set; row 0 for the same in all rows.
+struct Start {
+    const float* entries;
+    int64_t row;
+};
+
+// C [M, V vectors] = start + A [M, K] B [K, V vectors], K >= 1, in registers.
+template <int M, int V, bool SCALE>
+INLINE void tile(int64_t K, Factors a, const float* b, Start start, float* c, int64_t c_row) {
     Floats sums[M][V] = {};
     int64_t k = 0;
     do {
         Floats row[V];
-        for (int v = 0; v < V; v++) row[v] = load(b + k * b_row + v * LANES);
+        for (int v = 0; v < V; v++) row[v] = load(b + k * V * LANES + v * LANES);
         for (int m = 0; m < M; m++)
             for (int v = 0; v < V; v++) sums[m][v] += a.entries[m * a.row + k * a.column] * row[v];
     } while (++k < K);
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) {
-            float* to = c + m * c_row + v * LANES;
-            store(to, load(to) + sums[m][v]);
+            Floats from = load(start.entries + m * start.row + v * LANES);
+            store(c + m * c_row + v * LANES, SCALE ? from * sums[m][v] : from + sums[m][v]);
         }
 }
 
-template <int V>
-INLINE void strip(int64_t M, int64_t K, Factors a, const float* b, int64_t b_row, float* c, int64_t c_row) {
-    constexpr int ROWS = ACCUMULATORS / V;
+template <int V, bool SCALE>
+INLINE void strip(int64_t M, int64_t K, Factors a, const float* b, Start start, float* c, int64_t c_row) {
     int64_t m = 0;
-    for (; m + ROWS <= M; m += ROWS, a.entries += ROWS * a.row) tile<ROWS, V>(K, a, b, b_row, c + m * c_row, c_row);
-    for (; m + 2 <= M; m += 2, a.entries += 2 * a.row) tile<2, V>(K, a, b, b_row, c + m * c_row, c_row);
-    if (m < M) tile<1, V>(K, a, b, b_row, c + m * c_row, c_row);
+    auto rows = [&](auto count) {
+        constexpr int ROWS = decltype(count)::value;
+        for (; m + ROWS <= M; m += ROWS) {
+            tile<ROWS, V, SCALE>(K, a, b, start, c + m * c_row, c_row);
+            a.entries += ROWS * a.row;
+            start.entries += ROWS * start.row;
+        }
+    };
+    rows(Count<ACCUMULATORS / V>());
+    rows(Count<4>());
+    rows(Count<2>());
+    rows(Count<1>());
 }
 
-// C [M, N] += A [M, K] B [K, N]; N is a multiple of LANES.
-void add_product(int64_t M, int64_t N, int64_t K, Factors a, const float* b, int64_t b_row, float* c, int64_t c_row) {
-    int64_t n = 0;
-    for (; n + 2 * LANES <= N; n += 2 * LANES) strip<2>(M, K, a, b + n, b_row, c + n, c_row);
-    if (n < N) strip<1>(M, K, a, b + n, b_row, c + n, c_row);
+// C [M, N] = start + A [M, K] B [K, N], or start * (A B); N is a multiple of LANES, and B comes in strips.
+template <bool SCALE = false>
+void product(int64_t M, int64_t N, int64_t K, Factors a, const float* b, Start start, float* c, int64_t c_row) {
+    for (int64_t n = 0; n < N; n += STRIP, b += STRIP * K, start.entries += STRIP)
+        if (strip_width(n, N) == STRIP)
+            strip<2, SCALE>(M, K, a, b, start, c + n, c_row);
+        else
+            strip<1, SCALE>(M, K, a, b, start, c + n, c_row);
 }
 
 }  // namespace
@@ -185,7 +231,7 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 extern "C" {
 
 // Raised whenever what is called or how parameters are laid out changes.
-int32_t network_version() { return 2; }
+int32_t network_version() { return 3; }
 
 int32_t network_lanes() { return LANES; }
 
@@ -193,21 +239,17 @@ int32_t network_lanes() { return LANES; }
 // of each other product.
 //
 // `factors` of `network_factors` floats: the first weight transposed, [inputs, hidden], then the bias and the transposed
-// weight of each other product, their outputs padded to the lanes with zeros.
+// weight of each other product, outputs padded to the lanes with zeros; weights in strips.
 void network_pack(const Network* shape, const float* const* parameters, float* factors) {
     const int64_t hidden = shape->hidden;
-    for (int64_t product = 0; product < shape->layers + 2; product++) {
-        const int64_t rows = product == 0 ? shape->inputs : hidden;
-        const int64_t columns = product <= shape->layers ? hidden : shape->outputs;
-        const float* weight = product == 0 ? parameters[0] : parameters[2 * product - 1];
-        if (product) {
-            memset(factors, 0, padded(columns) * sizeof(float));
-            memcpy(factors, parameters[2 * product], columns * sizeof(float));
-            factors += padded(columns);
-        }
-        for (int64_t row = 0; row < rows; row++, factors += padded(columns))
-            for (int64_t column = 0; column < padded(columns); column++)
-                factors[column] = column < columns ? weight[column * rows + row] : 0.0f;
+    pack(shape->inputs, hidden, parameters[0], 1, shape->inputs, factors);
+    factors += shape->inputs * hidden;
+    for (int64_t layer = 0; layer <= shape->layers; layer++) {
+        const int64_t columns = layer < shape->layers ? hidden : shape->outputs;
+        pack(1, columns, parameters[2 * layer + 2], columns, 1, factors);
+        factors += padded(columns);
+        pack(hidden, columns, parameters[2 * layer + 1], 1, hidden, factors);
+        factors += hidden * padded(columns);
     }
 }
 
@@ -237,17 +279,16 @@ int32_t network_forward(const Network* shape, int64_t begin, int64_t end, const 
             memcpy(z + r * hidden, embedding + place.step * hidden, hidden * sizeof(float));
         }
         const float* weight = factors;
-        add_product(n, hidden, inputs, {states, inputs, 1}, weight, hidden, z, hidden);
+        product(n, hidden, inputs, {states, inputs, 1}, weight, {z, hidden}, z, hidden);
         weight += inputs * hidden;
         for (int64_t layer = 0; layer <= network.layers; layer++) {
-            activate<false>(n * hidden, z, value, nullptr);
+            activate(n, hidden, z, value);
             const bool last = layer == network.layers;
             const int64_t width = last ? outputs : hidden;
             z = last ? outcome : kept ? z + network.rows * hidden : unkept;
             const float* bias = weight;
-            for (int64_t r = 0; r < n; r++) memcpy(z + r * width, bias, width * sizeof(float));
             weight += width;
-            add_product(n, width, hidden, {value, hidden, 1}, weight, width, z, width);
+            product(n, width, hidden, {value, hidden, 1}, weight, {bias, 0}, z, width);
             weight += hidden * width;
         }
         for (int64_t r = 0; r < n; r++)
@@ -266,45 +307,50 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
     const Network network = *shape;
     const int64_t inputs = padded(network.inputs), hidden = network.hidden, outputs = network.outputs;
     const int64_t widest = hidden > outputs ? hidden : outputs;
-    Scratch scratch(BLOCK_ROWS * (inputs + 3 * hidden + widest) + widest), first(by_states ? inputs * hidden : 0);
-    if (!scratch.floats || !first.floats) return 1;
-    for (int64_t row = 0; by_states && row < hidden; row++)
-        for (int64_t i = 0; i < inputs; i++)
-            first.floats[row * inputs + i] = i < network.inputs ? parameters[0][row * network.inputs + i] : 0.0f;
+    const int64_t weights = hidden * inputs + (network.layers * hidden + outputs) * hidden;
+    Scratch scratch(BLOCK_ROWS * (2 * inputs + hidden + 2 * widest) + widest + weights);
+    if (!scratch.floats) return 1;
     float* states = scratch.floats;
-    float* value = states + BLOCK_ROWS * inputs;
-    float* slope = value + BLOCK_ROWS * hidden;
-    float* below = slope + BLOCK_ROWS * hidden;
-    float* above = below + BLOCK_ROWS * hidden;
-    float* sums = above + BLOCK_ROWS * widest;
-    memset(states, 0, BLOCK_ROWS * inputs * sizeof(float));
+    float* packed = states + BLOCK_ROWS * inputs;  // of states, then of GELU's values
+    float* above = packed + BLOCK_ROWS * (inputs + hidden);
+    float* below = above + BLOCK_ROWS * widest;
+    float* sums = below + BLOCK_ROWS * widest;
+    float* weight = sums + widest;
+    pack(hidden, network.inputs, parameters[0], network.inputs, 1, weight);
+    for (int64_t layer = 0; layer <= network.layers; layer++)
+        pack(layer < network.layers ? hidden : outputs, hidden, parameters[2 * layer + 1], hidden, 1,
+             weight + hidden * inputs + layer * hidden * hidden);
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
         memcpy(above, gradient + start * outputs, n * outputs * sizeof(float));
         float* by_bias = by_parameters + hidden * inputs + network.layers * (hidden + hidden * hidden);
         int64_t width = outputs;
         for (int64_t layer = network.layers; layer >= 0; layer--) {
-            activate<true>(n * hidden, kept + (layer * network.rows + start) * hidden, value, slope);
+            activate_with_slope(n, hidden, kept + (layer * network.rows + start) * hidden, packed, below);
             add_rows(n, width, above, sums, by_bias);
-            add_product(width, hidden, n, {above, 1, width}, value, hidden, by_bias + width, hidden);
-            memset(below, 0, n * hidden * sizeof(float));
-            add_product(n, hidden, width, {above, width, 1}, parameters[2 * layer + 1], hidden, below, hidden);
-            for (int64_t i = 0; i < n * hidden; i += LANES) store(above + i, load(below + i) * load(slope + i));
+            float* by_weight = by_bias + width;
+            product(width, hidden, n, {above, 1, width}, packed, {by_weight, hidden}, by_weight, hidden);
+            const float* up = weight + hidden * inputs + layer * hidden * hidden;
+            product<true>(n, hidden, width, {above, width, 1}, up, {below, hidden}, below, hidden);
+            float* done = above;
+            above = below;
+            below = done;
             width = hidden;
             by_bias -= hidden + hidden * hidden;
         }
         Place place(network, start);
         for (int64_t r = 0; r < n; r++, place.next(network)) {
-            memcpy(states + r * inputs, place.state(network, x), network.inputs * sizeof(float));
+            memcpy(states + r * network.inputs, place.state(network, x), network.inputs * sizeof(float));
             float* to = by_embedding + place.step * hidden;
             if (network.period > 1)
                 for (int64_t i = 0; i < hidden; i += LANES) store(to + i, load(to + i) + load(above + r * hidden + i));
         }
         if (network.period == 1) add_rows(n, hidden, above, sums, by_embedding);
-        add_product(hidden, inputs, n, {above, 1, hidden}, states, inputs, by_parameters, inputs);
+        pack(n, network.inputs, states, network.inputs, 1, packed);
+        product(hidden, inputs, n, {above, 1, hidden}, packed, {by_parameters, inputs}, by_parameters, inputs);
         if (by_states) {
             memset(states, 0, n * inputs * sizeof(float));
-            add_product(n, inputs, hidden, {above, hidden, 1}, first.floats, inputs, states, inputs);
+            product(n, inputs, hidden, {above, hidden, 1}, weight, {states, inputs}, states, inputs);
             for (int64_t r = 0; r < n; r++)
                 memcpy(by_states + (start + r) * network.inputs, states + r * inputs, network.inputs * sizeof(float));
         }
