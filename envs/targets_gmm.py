@@ -101,17 +101,23 @@ class GridMixture(GaussianMixture):
         self._axis = Constants(
             (self.side / self._unit).unsqueeze(-1), torch.stack([torch.ones_like(self.side), self.side])
         )
+        # log N(x; m, variance) but for what all m share: a line in x, which suffices to tell components apart.
+        pull = self.side * self._precision
+        self._lines = Constants(pull, pull.unsqueeze(-1), (-0.5 * pull * self.side).unsqueeze(-1))
 
     def log_reward(self, x: Tensor) -> Tensor:
         nearest, moments = self._along_axes(x)
         return self._sum_over_axes(x, nearest, moments[0])
 
     def score(self, x: Tensor) -> Tensor:
-        return self._pull(x, self._along_axes(x)[1])
+        pull, slopes, levels = self._lines.like(x)
+        share = torch.addcmul(levels, slopes, x.reshape(-1)).softmax(0)
+        return torch.sub((pull @ share).view(x.shape), x, alpha=self._precision)
 
     def log_reward_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         nearest, moments = self._along_axes(x)
-        return self._sum_over_axes(x, nearest, moments[0]), self._pull(x, moments)
+        score = ((moments[1] / moments[0]).view(x.shape) - x) * self._precision
+        return self._sum_over_axes(x, nearest, moments[0]), score
 
     def noised(self, scale: float, variance: float) -> "GridMixture":
         return GridMixture(self.name, scale * self.side, self.dim, (scale * self.std) ** 2 + variance)
@@ -126,9 +132,6 @@ class GridMixture(GaussianMixture):
 
     def _sum_over_axes(self, x: Tensor, nearest: Tensor, total: Tensor) -> Tensor:
         return self._log_sum(-nearest, total).view(x.shape).sum(-1) + self.dim * self._log_scale
-
-    def _pull(self, x: Tensor, moments: Tensor) -> Tensor:
-        return ((moments[1] / moments[0]).view(x.shape) - x) * self._precision
 
 
 def _grid_mixture(name: str, side: tuple[float, ...], variance: float) -> GaussianMixture:
