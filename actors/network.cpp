@@ -1,8 +1,9 @@
 // The policy's network on the processor: layers(GELU(x weight^T + embedding)), forwards and its gradient, in one pass.
 //
 // Rows go through all layers in blocks that stay in the caches, so that of the activations only what enters each GELU
-// is written to memory. Every product is of one form, C += A B with A's factors spread over lanes and B's rows in
-// vectors: with row-major factors that serves the outputs, the gradient by what entered, and that by the weights.
+// is written to memory. Every product is of one form, a start and A B, with an entry of A in all lanes and a row of B in
+// vectors. That serves outputs, which start from the bias; gradients by the weights, which start from those so far; and
+// gradients by what entered a layer, which are multiplied by GELU's slope.
 //
 // Plain C interface, no library: `native.py` calls it. It is built once for each kind of processor that is told apart
 // there; a vector has as many lanes as the flags of this build allow.

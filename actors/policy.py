@@ -17,12 +17,13 @@ from driftstream.envs.processes import DiffusionProcess
 class PolicyConfig:
     """Shape of the networks, and which of them there are.
 
-    `learned_variance = None` is resolved from the target's dimension. `langevin_scale` says whether the score's
-    factor of Langevin policies is one number a time, or one a dimension. With `precondition` the drift network's states
-    and drifts, but not the score's part, are measured by the noise (`NoiseUnits`). With `learned_backward`, P_B's
-    contraction and variance are multiplied by 1 + `backward_scale` tanh(network). `state_flow` is needed by the
-    objectives that balance flows, and `auto` is resolved from the objective; a `forward_looking` flow starts from the
-    target (log rewards below -`reward_clip` are raised to it there).
+    Native code evaluates networks whose `hidden` is a multiple of 8. `learned_variance = None` is resolved from the
+    target's dimension. `langevin_scale` says whether the score's factor of Langevin policies is one number a time, or
+    one a dimension. With `precondition` the drift network's states and drifts, but not the score's part, are measured
+    by the noise (`NoiseUnits`). With `learned_backward`, P_B's contraction and variance are multiplied by
+    1 + `backward_scale` tanh(network). `state_flow` is needed by the objectives that balance flows, and `auto` is
+    resolved from the objective; a `forward_looking` flow starts from the target (log rewards below -`reward_clip` are
+    raised to it there).
     """
 
     hidden: int = 64
