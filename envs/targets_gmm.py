@@ -98,16 +98,17 @@ class GridMixture(GaussianMixture):
         self._log_scale = -math.log(len(side)) - 0.5 * math.log(2 * math.pi * variance)
         # In these units a squared distance is minus the log density to base 2.
         self._unit = math.sqrt(2.0 * variance * LN_2)
-        self._axis = Constants(
-            (self.side / self._unit).unsqueeze(-1), torch.stack([torch.ones_like(self.side), self.side])
-        )
+        self._axis = Constants((self.side / self._unit).unsqueeze(-1))
         # log N(x; m, variance) but for what all m share: a line in x, which suffices to tell components apart.
         pull = self.side * self._precision
         self._lines = Constants(pull, pull.unsqueeze(-1), (-0.5 * pull * self.side).unsqueeze(-1))
 
     def log_reward(self, x: Tensor) -> Tensor:
-        nearest, moments = self._along_axes(x)
-        return self._sum_over_axes(x, nearest, moments[0])
+        (side,) = self._axis.like(x)
+        distance = (x.reshape(-1) / self._unit - side).square()
+        nearest = distance.detach().amin(0)
+        along_axes = self._log_sum(-nearest, torch.exp2(nearest - distance).sum(0))
+        return along_axes.view(x.shape).sum(-1) + self.dim * self._log_scale
 
     def score(self, x: Tensor) -> Tensor:
         pull, slopes, levels = self._lines.like(x)
@@ -115,23 +116,10 @@ class GridMixture(GaussianMixture):
         return torch.sub((pull @ share).view(x.shape), x, alpha=self._precision)
 
     def log_reward_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        nearest, moments = self._along_axes(x)
-        score = ((moments[1] / moments[0]).view(x.shape) - x) * self._precision
-        return self._sum_over_axes(x, nearest, moments[0]), score
+        return self.log_reward(x), self.score(x)
 
     def noised(self, scale: float, variance: float) -> "GridMixture":
         return GridMixture(self.name, scale * self.side, self.dim, (scale * self.std) ** 2 + variance)
-
-    def _along_axes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of all N coordinates of x: the least squared distance [N], in units; [2, N]: sum and first moment of what the
-        components' densities are, as ratios to the largest."""
-        side, powers = self._axis.like(x)
-        distance = (x.reshape(-1) / self._unit - side).square()
-        nearest = distance.detach().amin(0)
-        return nearest, powers @ torch.exp2(nearest - distance)
-
-    def _sum_over_axes(self, x: Tensor, nearest: Tensor, total: Tensor) -> Tensor:
-        return self._log_sum(-nearest, total).view(x.shape).sum(-1) + self.dim * self._log_scale
 
 
 def _grid_mixture(name: str, side: tuple[float, ...], variance: float) -> GaussianMixture:

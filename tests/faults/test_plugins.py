@@ -101,7 +101,8 @@ def test_an_installed_actor_joins_by_its_entry_point_and_shows_in_wandb(
     (information / "entry_points.txt").write_text("[driftstream.actors]\nwander = wanderers:Works\n")
     monkeypatch.setenv("PYTHONPATH", str(site))
     root = tmp_path / "run"
-    arguments = ("gmm9", "--steps", "150", "--refiners", "0", "--actors", "explore:1,wander:1", "--out", str(root))
+    # Long enough for the actors' reports, which come every two seconds.
+    arguments = ("gmm9", "--steps", "600", "--refiners", "0", "--actors", "explore:1,wander:1", "--out", str(root))
     training = train(*arguments, root=root, wandb="offline")
     assert training.end() == 0, training.text()
     rows = read_wandb(root)[0]
