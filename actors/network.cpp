@@ -312,7 +312,7 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
     Scratch scratch(BLOCK_ROWS * (2 * inputs + hidden + 2 * widest) + widest + weights);
     if (!scratch.floats) return 1;
     float* states = scratch.floats;
-    float* packed = states + BLOCK_ROWS * inputs;  // of states, then of GELU's values
+    float* packed = states + BLOCK_ROWS * inputs;  // strips of GELU's values, and at the end of states
     float* above = packed + BLOCK_ROWS * (inputs + hidden);
     float* below = above + BLOCK_ROWS * widest;
     float* sums = below + BLOCK_ROWS * widest;
