@@ -20,6 +20,11 @@ from driftstream.buffers.keys import read_client_keys, read_server_keys
 from driftstream.envs.errors import ConfigError, require
 
 MAX_IPC_PATH_BYTES = 107
+COPIED_BYTES = 2**20
+"""Smaller frames are copied when they are sent.
+
+Otherwise a thread of this process takes the interpreter as each of them has left, just when a learner goes on.
+"""
 _LINGER_MS = 500
 _KEYS = "?keys="
 
@@ -74,6 +79,7 @@ def make_socket(context: zmq.Context, kind: int, max_frame_bytes: int) -> Any:
     socket = context.socket(kind)
     socket.linger = _LINGER_MS
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+    socket.copy_threshold = COPIED_BYTES
     socket.setsockopt(zmq.HEARTBEAT_IVL, 3_000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
     # The system's own patience would outlast a broken network by minutes.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zmq
+from zmq.utils import garbage
 
 from driftstream.buffers.weight_channel import WeightPublisher, WeightSubscriber
 from driftstream.buffers.weights_wire import WeightSnapshot, encode_weights
@@ -48,6 +49,24 @@ def publisher(endpoint: str, opened: list[Any]) -> WeightPublisher:
 def subscribe(publisher: WeightPublisher, opened: list[Any]) -> WeightSubscriber:
     opened.append(WeightSubscriber(publisher.endpoint))
     return opened[-1]
+
+
+def test_no_thread_takes_the_interpreter_for_what_was_sent(
+    publisher: WeightPublisher, opened: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyzmq's collector of buffers on their way is a thread that wakes for each, in the middle of an update."""
+    stored: list[object] = []
+    store = garbage.gc.store
+
+    def watched(data: Any, event: Any = None) -> int:
+        stored.append(data)
+        return int(store(data, event))
+
+    monkeypatch.setattr(garbage.gc, "store", watched)
+    subscriber = subscribe(publisher, opened)
+    publisher.publish(snapshot(1, size=256))
+    assert subscriber.wait(SOON_S, min_version=1) is not None
+    assert not stored
 
 
 def test_weights_reach_every_subscriber(publisher: WeightPublisher, opened: list[Any]) -> None:
