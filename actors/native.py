@@ -24,18 +24,21 @@ Layer = tuple[Tensor, Tensor]
 SWITCH = "DRIFTSTREAM_NATIVE"
 BUILDS = ("network_avx2", "network_generic")
 """Extensions that are built from network.cpp, each where the compiler knows how."""
-VERSION = 3
+VERSION = 4
 """`network_version` of network.cpp; a build of another one is not used."""
 PART_ROWS = 1024
 """Threads get at least so many rows each: what a part takes is then twenty times what handing it over takes."""
 
 
-class _Network(ctypes.Structure):
+class Network(ctypes.Structure):
     """`Network` of network.cpp."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in ("inputs", "hidden", "layers", "outputs", "rows", "period", "group_stride", "step_stride")
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("inputs", "hidden", "layers", "outputs", "rows", "period", "group_stride", "step_stride")
+        ),
+        ("width", ctypes.c_float),
     )
 
 
@@ -58,7 +61,13 @@ class Library:
         self.forward = library.network_forward
         self.forward.argtypes = [pointer, integer, integer, *[pointer] * 5]
         self.backward = library.network_backward
-        self.backward.argtypes = [pointer, integer, integer, *[pointer] * 7]
+        self.backward.argtypes = [pointer, integer, integer, *[pointer] * 8]
+        self.energy = library.policy_energy
+        self.energy.argtypes = [pointer, pointer, integer, integer, *[pointer] * 11]
+        self.by_scale = library.policy_by_scale
+        self.by_scale.argtypes, self.by_scale.restype = [pointer, pointer, integer, integer, *[pointer] * 5], None
+        self.step = library.policy_step
+        self.step.argtypes = [*[pointer] * 11, integer]
 
 
 @cache
@@ -145,41 +154,41 @@ def native_network(x: Tensor, embedding: Tensor, weight: Tensor, layers: Sequenc
     parameters = [parameter for layer in layers for parameter in layer]
     if torch.is_grad_enabled():
         return _NativeNetwork.apply(x, embedding, weight, *parameters)
-    return _Rows(x, embedding, (weight, *parameters)).forward(embedding, None)
+    return NativeRows(x, embedding, (weight, *parameters)).forward(embedding, None)
 
 
-class _Parameters:
+class NativeParameters:
     """The first weight, then weight and bias of every layer, where native code finds them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = [tensor.detach().contiguous() for tensor in tensors]
         self.pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in self.tensors))
 
-    def network(self, rows: int, period: int, group_stride: int, step_stride: int) -> _Network:
-        """The network on so many rows, and where they stand."""
+    def network(self, rows: int, period: int, group_stride: int, step_stride: int, width: float = 0.0) -> Network:
+        """The network on so many rows, where they stand, and what it sees of them."""
         hidden, inputs = self.tensors[0].shape
         layers, outputs = len(self.tensors) // 2 - 1, self.tensors[-1].shape[0]
-        return _Network(inputs, hidden, layers, outputs, rows, period, group_stride, step_stride)
+        return Network(inputs, hidden, layers, outputs, rows, period, group_stride, step_stride, width)
 
-    def packed(self, built: Library, network: _Network) -> Tensor:
+    def packed(self, built: Library, network: Network) -> Tensor:
         """`factors` of network.cpp."""
         factors = self.tensors[0].new_empty(built.factors(ctypes.byref(network)))
         built.pack(ctypes.byref(network), self.pointers, factors.data_ptr())
         return factors
 
 
-class _Rows:
-    """The network on all rows of x [..., D]."""
+class NativeRows:
+    """The network on all rows of x [..., D]; with a `width` on what it sees of them (see network.cpp)."""
 
-    def __init__(self, x: Tensor, embedding: Tensor, parameters: Sequence[Tensor]) -> None:
-        self.built = _built()
-        self.parameters = _Parameters(parameters)
+    def __init__(self, x: Tensor, embedding: Tensor, parameters: Sequence[Tensor], width: float = 0.0) -> None:
+        self.built = built_library()
+        self.parameters = NativeParameters(parameters)
         self.leading = x.shape[:-1]
         rows, period = self.leading.numel(), embedding.shape[:-1].numel()
         # States of trajectories are used where they stand, between those that are left out.
         in_place = x.dim() == 3 and embedding.dim() == 2 and x.stride(-1) == 1
         self.x = x if in_place else x.reshape(rows // max(1, period), period, x.shape[-1]).contiguous()
-        self.network = self.parameters.network(rows, period, self.x.stride(0), self.x.stride(1))
+        self.network = self.parameters.network(rows, period, self.x.stride(0), self.x.stride(1), width)
 
     def forward(self, embedding: Tensor, kept: Tensor | None) -> Tensor:
         """The outputs [..., outputs]; what enters each GELU is written to `kept` [layers, rows, hidden]."""
@@ -188,14 +197,19 @@ class _Rows:
         out = self.x.new_empty(*self.leading, network.outputs)
 
         def part(begin: int, end: int) -> None:
-            tensors = self.x.data_ptr(), embedding.data_ptr(), factors.data_ptr(), _place(kept), out.data_ptr()
-            _check(self.built.forward(ctypes.byref(network), begin, end, *tensors))
+            tensors = self.x.data_ptr(), embedding.data_ptr(), factors.data_ptr(), place(kept), out.data_ptr()
+            check_memory(self.built.forward(ctypes.byref(network), begin, end, *tensors))
 
-        _in_parts(network.rows, part)
+        in_parts(network.rows, part)
         return out
 
-    def backward(self, gradient: Tensor, kept: Tensor, by_states: bool) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-        """Gradients by the states if asked for, by the embedding, and by all parameters in their order."""
+    def backward(
+        self, gradient: Tensor, kept: Tensor, by_states: bool, factors: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+        """Gradients by the states if asked for, by the embedding, and by all parameters in their order.
+
+        `gradient` is that by the outputs, each row of it times its number in `factors`, if given.
+        """
         network, gradient = self.network, gradient.contiguous()
         inputs = -(-network.inputs // self.built.lanes) * self.built.lanes
         sizes = [torch.Size((network.hidden, inputs))]
@@ -206,12 +220,13 @@ class _Rows:
 
         def part(begin: int, end: int) -> Tensor:
             by = self.x.new_zeros(sum(lengths))
-            tensors = self.x.data_ptr(), self.parameters.pointers, kept.data_ptr(), gradient.data_ptr(), _place(by_x)
+            x, outputs = self.x.data_ptr(), gradient.data_ptr()
+            tensors = x, self.parameters.pointers, kept.data_ptr(), outputs, place(factors), place(by_x)
             by_parameters = by.data_ptr() + lengths[0] * by.element_size()
-            _check(self.built.backward(ctypes.byref(network), begin, end, *tensors, by.data_ptr(), by_parameters))
+            check_memory(self.built.backward(ctypes.byref(network), begin, end, *tensors, by.data_ptr(), by_parameters))
             return by
 
-        sums = _in_parts(network.rows, part)
+        sums = in_parts(network.rows, part)
         total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
         by_embedding, *flat = total.split(lengths)
         by_weight, *others = (part.view(size) for part, size in zip(flat, sizes, strict=True))
@@ -224,7 +239,7 @@ class _NativeNetwork(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, embedding: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
-        rows = _Rows(x, embedding, (weight, *parameters))
+        rows = NativeRows(x, embedding, (weight, *parameters))
         kept = x.new_empty(len(parameters) // 2, rows.network.rows, rows.network.hidden)
         ctx.save_for_backward(kept, x, embedding, weight, *parameters)
         return rows.forward(embedding, kept)
@@ -243,7 +258,7 @@ class _NativeNetwork(torch.autograd.Function):
             found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=differentiated))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         x, embedding, weight, *parameters = inputs
-        rows = _Rows(x, embedding, (weight, *parameters))
+        rows = NativeRows(x, embedding, (weight, *parameters))
         by_x, by_embedding, by_parameters = rows.backward(gradient, kept, ctx.needs_input_grad[0])
         return by_x, by_embedding.view(embedding.shape), *by_parameters
 
@@ -252,8 +267,8 @@ class NativeStepNetwork:
     """`fused.StepNetwork` of what `fits`."""
 
     def __init__(self, embedding: Tensor, weight: Tensor, layers: Sequence[Layer], rows: int) -> None:
-        built, inputs = _built(), weight.shape[1]
-        parameters = _Parameters([weight, *(tensor for layer in layers for tensor in layer)])
+        built, inputs = built_library(), weight.shape[1]
+        parameters = NativeParameters([weight, *(tensor for layer in layers for tensor in layer)])
         self._forward = built.forward
         self._embeddings = embedding.detach().contiguous()
         self._network = parameters.network(rows, 1, inputs, inputs)
@@ -269,29 +284,29 @@ class NativeStepNetwork:
 
         def part(begin: int, end: int) -> None:
             tensors = x.data_ptr(), embedding.data_ptr(), self._factors.data_ptr(), None, self._out.data_ptr()
-            _check(self._forward(ctypes.byref(network), begin, end, *tensors))
+            check_memory(self._forward(ctypes.byref(network), begin, end, *tensors))
 
-        _in_parts(network.rows, part)
+        in_parts(network.rows, part)
         return self._out
 
 
-def _built() -> Library:
+def built_library() -> Library:
     built = library()
     if built is None:
         raise RuntimeError("there is no native network: ask `fits` first")
     return built
 
 
-def _place(tensor: Tensor | None) -> int | None:
+def place(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(status: int) -> None:
+def check_memory(status: int) -> None:
     if status:
         raise MemoryError("native network: no memory for its blocks")
 
 
-def _in_parts(rows: int, call: Callable[[int, int], T]) -> list[T]:
+def in_parts(rows: int, call: Callable[[int, int], T]) -> list[T]:
     """What `call(begin, end)` gives for parts of the rows, in order, one a thread of torch's."""
     threads = min(torch.get_num_threads(), rows // PART_ROWS)
     if threads <= 1:
@@ -310,4 +325,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-__all__ = ["BUILDS", "NativeStepNetwork", "describe", "fits", "is_per_step", "library", "native_network", "network_of"]
+__all__ = [
+    "BUILDS",
+    "Library",
+    "NativeParameters",
+    "NativeRows",
+    "NativeStepNetwork",
+    "built_library",
+    "check_memory",
+    "describe",
+    "fits",
+    "in_parts",
+    "is_per_step",
+    "library",
+    "native_network",
+    "network_of",
+    "place",
+]

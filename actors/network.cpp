@@ -1,9 +1,12 @@
-// The policy's network on the processor: layers(GELU(x weight^T + embedding)), forwards and its gradient, in one pass.
+// The policy on the processor. Its network: layers(GELU(x weight^T + embedding)), forwards and its gradient, in one pass.
 //
 // Rows go through all layers in blocks that stay in the caches, so that of the activations only what enters each GELU
 // is written to memory. Every product is of one form, a start and A B, with an entry of A in all lanes and a row of B in
 // vectors. That serves outputs, which start from the bias; gradients by the weights, which start from those so far; and
 // gradients by what entered a layer, which are multiplied by GELU's slope.
+//
+// Around it, what a policy's step is made of: what the network sees of a state, and the drift and the variance that its
+// outputs give. Steps are drawn and their log densities evaluated while a block's outputs are in the caches.
 //
 // Plain C interface, no library: `native.py` calls it. It is built once for each kind of processor that is told apart
 // there; a vector has as many lanes as the flags of this build allow.
@@ -12,82 +15,18 @@
 #include <cstdlib>
 #include <cstring>
 
-#define INLINE inline __attribute__((always_inline))
+#include "vectors.hpp"
 
 namespace {
 
-#ifdef __AVX2__
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
 constexpr int ACCUMULATORS = 12;  // of 16 registers: three more hold what is multiplied
 constexpr int64_t BLOCK_ROWS = 96;
 constexpr int64_t ALIGNMENT = 64;
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-
-INLINE Floats load(const float* from) {
-    Floats values;
-    memcpy(&values, from, sizeof values);
-    return values;
-}
-
-INLINE void store(float* to, Floats values) { memcpy(to, &values, sizeof values); }
 
 template <int N>
 struct Count {
     static constexpr int value = N;
 };
-
-INLINE int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
-
-// 2^f for |f| <= 1/2, and P of GELU's tail: coefficients of the highest power first.
-constexpr float POWER_OF_TWO[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
-                                  5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
-constexpr float TAIL[] = {0.02472066f, -0.09359558f, 0.09243165f, -0.00645179f, 0.07277606f,
-                          0.08363056f, 0.10308469f,  0.1116998f,  0.11170386f};
-
-// The polynomial with these coefficients at `at`, of V vectors side by side.
-template <int V, int TERMS>
-INLINE void polynomial(const float (&coefficients)[TERMS], const Floats (&at)[V], Floats (&sum)[V]) {
-    for (int v = 0; v < V; v++) sum[v] = at[v] * coefficients[0] + coefficients[1];
-    for (int term = 2; term < TERMS; term++)
-        for (int v = 0; v < V; v++) sum[v] = sum[v] * at[v] + coefficients[term];
-}
-
-// value = GELU(z) = z Phi(z), and its slope Phi(z) + z phi(z), of V vectors side by side.
-//
-// Phi(-a) = exp(-a^2/2) t P(t), t = 1/(1 + p a), with P fitted to Mills' ratio for the least relative error, 2e-7 (after
-// Hastings 1955, who fitted the error function). Beyond twelve deviations, where less than 1e-31 is left, the tail stays
-// what it is there. What is not a number stays so.
-template <int V, bool SLOPE>
-INLINE void gelu(const float* z, float* value, float* slope) {
-    Floats x[V], distance[V], t[V], fraction[V], whole[V], power[V], tail[V];
-    for (int v = 0; v < V; v++) {
-        x[v] = load(z + v * LANES);
-        distance[v] = (Floats)((Integers)x[v] & 0x7fffffff);
-        distance[v] = distance[v] > 12.0f ? 12.0f - Floats{} : distance[v];
-        t[v] = 1.0f / (1.0f + 0.28f * distance[v]);
-        // exp(-a^2/2) = 2^(whole + fraction): a sum with 1.5 * 2^23 has the whole part in its lowest bits.
-        fraction[v] = distance[v] * distance[v] * -0.72134752f;
-        whole[v] = fraction[v] + 12582912.0f;
-        fraction[v] -= whole[v] - 12582912.0f;
-    }
-    polynomial(POWER_OF_TWO, fraction, power);
-    polynomial(TAIL, t, tail);
-    for (int v = 0; v < V; v++) {
-        Floats density = (Floats)((Integers)power[v] + ((Integers)whole[v] << 23));
-        tail[v] *= t[v] * density;
-        store(value + v * LANES, (x[v] < 0.0f ? Floats{} : x[v]) - distance[v] * tail[v]);
-        if (SLOPE) {
-            Floats below = x[v] < 0.0f ? tail[v] : 1.0f - tail[v];
-            Floats side = (Floats)((Integers)distance[v] | ((Integers)x[v] & INT32_MIN));
-            store(slope + v * LANES, below + side * density * 0.39894228f);
-        }
-    }
-}
 
 // B of a product: its columns come in strips of two vectors (the last may be of one), each contiguous, row after row.
 constexpr int64_t STRIP = 2 * LANES;
@@ -183,10 +122,11 @@ extern "C" {
 
 // `layers` products from `hidden` to `hidden` and one to `outputs`, after the first from `inputs`; `hidden` is a multiple
 // of the lanes. Row r is in group r / period at step r % period: its state stands at group * group_stride + step *
-// step_stride, and its embedding at step * hidden.
+// step_stride, and its embedding at step * hidden. With `width` > 0 the network sees width * +-log(1 + |x| / width).
 struct Network {
     int64_t inputs, hidden, layers, outputs;
     int64_t rows, period, group_stride, step_stride;
+    float width;
 };
 
 }  // extern "C"
@@ -227,12 +167,59 @@ INLINE void add_rows(int64_t n, int64_t width, const float* rows, float* sums, f
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// +-log(1 + |x| / reach).
+INLINE Floats compressed(Floats x, Floats reach) { return with_sign_of(x, log_of_one_plus(magnitude(x) / reach)); }
+
+// What the network sees of the states of n rows, to [n, inputs].
+void gather(const Network& network, Place place, int64_t n, const float* x, float* states) {
+    const int64_t inputs = network.inputs;
+    for (int64_t r = 0; r < n; r++, place.next(network))
+        memcpy(states + r * inputs, place.state(network, x), inputs * sizeof(float));
+    if (network.width > 0.0f)  // a block has a multiple of the lanes of rows, so that there is room for whole vectors
+        for (int64_t i = 0; i < n * inputs; i += LANES)
+            store(states + i, compressed(load(states + i), network.width - Floats{}) * network.width);
+}
+
+// Memory for `evaluate`.
+INLINE int64_t block_size(const Network& network) {
+    return BLOCK_ROWS * (network.inputs + 2 * network.hidden + padded(network.outputs));
+}
+
+// The outputs of n rows from `start`, [n, padded outputs] in `block`. What enters each GELU is written to `kept`, unless
+// that is null.
+float* evaluate(const Network& network, int64_t start, int64_t n, const float* x, const float* embedding,
+                const float* factors, float* kept, float* block) {
+    const int64_t inputs = network.inputs, hidden = network.hidden, outputs = padded(network.outputs);
+    float* outcome = block;
+    float* value = outcome + BLOCK_ROWS * outputs;
+    float* unkept = value + BLOCK_ROWS * hidden;
+    float* states = unkept + BLOCK_ROWS * hidden;
+    float* z = kept ? kept + start * hidden : unkept;
+    Place place(network, start);
+    gather(network, place, n, x, states);
+    for (int64_t r = 0; r < n; r++, place.next(network))
+        memcpy(z + r * hidden, embedding + place.step * hidden, hidden * sizeof(float));
+    product(n, hidden, inputs, {states, inputs, 1}, factors, {z, hidden}, z, hidden);
+    factors += inputs * hidden;
+    for (int64_t layer = 0; layer <= network.layers; layer++) {
+        activate(n, hidden, z, value);
+        const bool last = layer == network.layers;
+        const int64_t width = last ? outputs : hidden;
+        z = last ? outcome : kept ? z + network.rows * hidden : unkept;
+        const float* bias = factors;
+        factors += width;
+        product(n, width, hidden, {value, hidden, 1}, factors, {bias, 0}, z, width);
+        factors += hidden * width;
+    }
+    return outcome;
+}
+
 }  // namespace
 
 extern "C" {
 
 // Raised whenever what is called or how parameters are laid out changes.
-int32_t network_version() { return 3; }
+int32_t network_version() { return 4; }
 
 int32_t network_lanes() { return LANES; }
 
@@ -264,47 +251,26 @@ int64_t network_factors(const Network* shape) {
 int32_t network_forward(const Network* shape, int64_t begin, int64_t end, const float* x, const float* embedding,
                         const float* factors, float* kept, float* out) {
     const Network network = *shape;
-    const int64_t inputs = network.inputs, hidden = network.hidden, outputs = padded(network.outputs);
-    Scratch scratch(BLOCK_ROWS * (inputs + 2 * hidden + outputs));
+    Scratch scratch(block_size(network));
     if (!scratch.floats) return 1;
-    float* outcome = scratch.floats;
-    float* value = outcome + BLOCK_ROWS * outputs;
-    float* unkept = value + BLOCK_ROWS * hidden;
-    float* states = unkept + BLOCK_ROWS * hidden;
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
-        float* z = kept ? kept + start * hidden : unkept;
-        Place place(network, start);
-        for (int64_t r = 0; r < n; r++, place.next(network)) {
-            memcpy(states + r * inputs, place.state(network, x), inputs * sizeof(float));
-            memcpy(z + r * hidden, embedding + place.step * hidden, hidden * sizeof(float));
-        }
-        const float* weight = factors;
-        product(n, hidden, inputs, {states, inputs, 1}, weight, {z, hidden}, z, hidden);
-        weight += inputs * hidden;
-        for (int64_t layer = 0; layer <= network.layers; layer++) {
-            activate(n, hidden, z, value);
-            const bool last = layer == network.layers;
-            const int64_t width = last ? outputs : hidden;
-            z = last ? outcome : kept ? z + network.rows * hidden : unkept;
-            const float* bias = weight;
-            weight += width;
-            product(n, width, hidden, {value, hidden, 1}, weight, {bias, 0}, z, width);
-            weight += hidden * width;
-        }
+        const float* outcome = evaluate(network, start, n, x, embedding, factors, kept, scratch.floats);
         for (int64_t r = 0; r < n; r++)
-            memcpy(out + (start + r) * network.outputs, outcome + r * outputs, network.outputs * sizeof(float));
+            memcpy(out + (start + r) * network.outputs, outcome + r * padded(network.outputs),
+                   network.outputs * sizeof(float));
     }
     return 0;
 }
 
-// Gradients from `gradient` [rows, outputs] by the outputs, of the rows from `begin` to before `end`. Those by states are
-// written to `by_states` [rows, inputs], unless that is null. The others are added to `by_embedding` [period, hidden] and
+// Gradients from `gradient` [rows, outputs] by the outputs, of the rows from `begin` to before `end`, each row multiplied
+// by its number in `factors` [rows], unless that is null. Those by states (for `width` 0 only) are written to `by_states`
+// [rows, inputs], unless that is null. The others are added to `by_embedding` [period, hidden] and
 // `by_parameters`: the first weight's, [hidden, inputs padded to the lanes], and of each other product the bias's and the
 // weight's [its outputs, hidden]. Returns 0, or 1 where there was no memory.
 int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const float* x,
-                         const float* const* parameters, const float* kept, const float* gradient, float* by_states,
-                         float* by_embedding, float* by_parameters) {
+                         const float* const* parameters, const float* kept, const float* gradient,
+                         const float* factors, float* by_states, float* by_embedding, float* by_parameters) {
     const Network network = *shape;
     const int64_t inputs = padded(network.inputs), hidden = network.hidden, outputs = network.outputs;
     const int64_t widest = hidden > outputs ? hidden : outputs;
@@ -324,6 +290,9 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
         memcpy(above, gradient + start * outputs, n * outputs * sizeof(float));
+        if (factors)
+            for (int64_t r = 0; r < n; r++)
+                for (int64_t i = 0; i < outputs; i++) above[r * outputs + i] *= factors[start + r];
         float* by_bias = by_parameters + hidden * inputs + network.layers * (hidden + hidden * hidden);
         int64_t width = outputs;
         for (int64_t layer = network.layers; layer >= 0; layer--) {
@@ -340,8 +309,8 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
             by_bias -= hidden + hidden * hidden;
         }
         Place place(network, start);
+        gather(network, place, n, x, states);
         for (int64_t r = 0; r < n; r++, place.next(network)) {
-            memcpy(states + r * network.inputs, place.state(network, x), network.inputs * sizeof(float));
             float* to = by_embedding + place.step * hidden;
             if (network.period > 1)
                 for (int64_t i = 0; i < hidden; i += LANES) store(to + i, load(to + i) + load(above + r * hidden + i));
@@ -357,6 +326,236 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
         }
     }
     return 0;
+}
+
+// How a network's outputs move a state: `inputs` offsets of the drift, as many pulls if `pulls`, and as many numbers that
+// give the log variance if `variances`. The drift gains the score, times none, one or `inputs` numbers (`scales`).
+struct Head {
+    int64_t pulls, variances, scales;
+    float pull, score_clip, drift_clip, log_var_range;
+};
+
+// The numbers of one step (see `NoiseUnits` for the first two, and the processes for the others).
+struct Step {
+    float reach, rate, keep, gain, variance, back, extra;
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int64_t CHUNK = 512;  // entries, which fit the first cache
+
+enum Array { X, NEXT, SCORE, SCALE, OFFSET, PULL, RAW, REACH, RATE, KEEP, GAIN, VARIANCE, BACK, EXTRA, ARRAYS };
+
+// Some rows of a block, entry after entry, as vectors know no rows.
+struct Chunk {
+    int64_t dim, most, size;
+    float* arrays;
+
+    static int64_t rows(int64_t dim) { return dim < CHUNK ? CHUNK / dim : 1; }
+    static int64_t room(int64_t dim) { return padded(rows(dim) * dim); }
+
+    Chunk(int64_t dim, float* arrays) : dim(dim), most(rows(dim)), size(room(dim)), arrays(arrays) {}
+
+    float* operator[](int array) const { return arrays + array * size; }
+};
+
+// What steps are made of, at the rows of one call.
+struct Rows {
+    const Network& network;
+    const Head& head;
+    const Step* steps;    // [period]
+    const float* x;       // as the network's
+    const float* next;    // as x: the states after the steps
+    const float* scores;  // [rows, inputs], where there are scales
+    const float* scale;   // [period, scales]
+};
+
+// n rows from row `start`, whose outputs are `outcome` [n, padded outputs].
+void fill(const Rows& rows, int64_t start, int64_t n, const float* outcome, const Chunk& chunk) {
+    const int64_t dim = chunk.dim, scales = rows.head.scales;
+    Place place(rows.network, start);
+    for (int64_t r = 0; r < n; r++, place.next(rows.network), outcome += padded(rows.network.outputs)) {
+        const Step& step = rows.steps[place.step];
+        const float* x = place.state(rows.network, rows.x);
+        for (int64_t d = 0, i = r * dim; d < dim; d++, i++) {
+            chunk[X][i] = x[d];
+            chunk[OFFSET][i] = outcome[d];
+            chunk[KEEP][i] = step.keep;
+            chunk[GAIN][i] = step.gain;
+            chunk[VARIANCE][i] = step.variance;
+        }
+        if (rows.next)
+            for (int64_t d = 0, i = r * dim; d < dim; d++, i++) {
+                chunk[NEXT][i] = place.state(rows.network, rows.next)[d];
+                chunk[BACK][i] = step.back;
+            }
+        else
+            for (int64_t d = 0, i = r * dim; d < dim; d++, i++) chunk[EXTRA][i] = step.extra;
+        if (rows.head.pulls)
+            for (int64_t d = 0, i = r * dim; d < dim; d++, i++) {
+                chunk[PULL][i] = outcome[dim + d];
+                chunk[REACH][i] = step.reach;
+                chunk[RATE][i] = step.rate;
+            }
+        if (rows.head.variances)
+            for (int64_t d = 0, i = r * dim; d < dim; d++, i++)
+                chunk[RAW][i] = outcome[(1 + rows.head.pulls) * dim + d];
+        if (scales)
+            for (int64_t d = 0, i = r * dim; d < dim; d++, i++) {
+                chunk[SCORE][i] = rows.scores[(start + r) * dim + d];
+                chunk[SCALE][i] = rows.scale[place.step * scales + (scales > 1 ? d : 0)];
+            }
+    }
+}
+
+// Drift and log variance of a vector of entries, and what their gradients by the outputs need.
+struct Motion {
+    Floats drift, measured, log_var, slope;
+    Integers passes;  // where the drift is not clipped
+};
+
+INLINE Motion motion(const Head& head, const Chunk& chunk, int64_t i) {
+    Motion found{};
+    Floats drift = load(chunk[OFFSET] + i);
+    if (head.pulls) {
+        found.measured = head.pull * compressed(load(chunk[X] + i), load(chunk[REACH] + i));
+        drift = (drift + load(chunk[PULL] + i) * found.measured) * load(chunk[RATE] + i);
+    }
+    if (head.scales) drift += load(chunk[SCALE] + i) * within(load(chunk[SCORE] + i), head.score_clip);
+    found.passes = (drift > -head.drift_clip) & (drift < head.drift_clip);
+    found.drift = within(drift, head.drift_clip);
+    if (head.variances) {
+        found.log_var = head.log_var_range * hyperbolic_tangent(load(chunk[RAW] + i), found.slope);
+        found.slope *= head.log_var_range;
+    }
+    return found;
+}
+
+// The sum of each of n rows.
+void sum_rows(int64_t n, int64_t dim, const float* entries, float* sums) {
+    for (int64_t r = 0; r < n; r++, entries += dim) {
+        Floats lanes = {};
+        int64_t d = 0;
+        for (; d + LANES <= dim; d += LANES) lanes += load(entries + d);
+        float sum = 0.0f;
+        for (; d < dim; d++) sum += entries[d];
+        for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+        sums[r] = sum;
+    }
+}
+
+// Every chunk of rows of all blocks between `begin` and `end`; false where there was no memory.
+template <typename Work>
+bool in_chunks(const Rows& rows, int64_t begin, int64_t end, const float* embedding, const float* factors, float* kept,
+               Work work) {
+    const Network& network = rows.network;
+    const int64_t size = block_size(network);
+    Scratch scratch(size + ARRAYS * Chunk::room(network.inputs));
+    if (!scratch.floats) return false;
+    const Chunk chunk(network.inputs, scratch.floats + size);
+    memset(chunk.arrays, 0, ARRAYS * chunk.size * sizeof(float));
+    for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
+        const int64_t n = smaller(end - start, BLOCK_ROWS);
+        const float* outcome = evaluate(network, start, n, rows.x, embedding, factors, kept, scratch.floats);
+        for (int64_t r = 0; r < n; r += chunk.most) {
+            const int64_t some = smaller(n - r, chunk.most);
+            fill(rows, start + r, some, outcome + r * padded(network.outputs), chunk);
+            work(chunk, start + r, some);
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of every row from `begin` to before `end`: `energy`, the sum over dimensions of (next - keep x - gain u)^2 / (variance
+// e^v) + v with the policy's drift u and log variance v, its gradient by the outputs to `by_outputs` [rows, outputs]
+// unless that is null, and `back`, the sum of (x - back next)^2. `kept` as for the network. Returns as that.
+int32_t policy_energy(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
+                      const float* x, const float* next, const float* scores, const float* scale,
+                      const float* embedding, const float* factors, float* kept, float* by_outputs, float* energy,
+                      float* back) {
+    const Rows rows{*shape, *how, steps, x, next, scores, scale};
+    const Head head = *how;
+    const int64_t outputs = shape->outputs;
+    return !in_chunks(rows, begin, end, embedding, factors, kept, [&](const Chunk& chunk, int64_t start, int64_t n) {
+        const int64_t dim = chunk.dim;
+        for (int64_t i = 0; i < n * dim; i += LANES) {
+            const Motion move = motion(head, chunk, i);
+            const Floats from = load(chunk[X] + i), to = load(chunk[NEXT] + i), gain = load(chunk[GAIN] + i);
+            const Floats residual = to - load(chunk[KEEP] + i) * from - gain * move.drift;
+            Floats precision = 1.0f / load(chunk[VARIANCE] + i);
+            if (head.variances) precision *= exponential(-move.log_var);
+            const Floats square = residual * residual * precision;
+            const Floats way_back = from - load(chunk[BACK] + i) * to;
+            store(chunk[NEXT] + i, square + move.log_var);
+            store(chunk[BACK] + i, way_back * way_back);
+            Floats by_drift = -2.0f * gain * residual * precision;
+            by_drift = move.passes ? by_drift : Floats{};
+            if (head.pulls) {
+                by_drift *= load(chunk[RATE] + i);
+                store(chunk[PULL] + i, by_drift * move.measured);
+            }
+            store(chunk[OFFSET] + i, by_drift);
+            if (head.variances) store(chunk[RAW] + i, (1.0f - square) * move.slope);
+        }
+        sum_rows(n, dim, chunk[NEXT], energy + start);
+        sum_rows(n, dim, chunk[BACK], back + start);
+        if (!by_outputs) return;
+        for (int64_t r = 0; r < n; r++) {
+            float* by = by_outputs + (start + r) * outputs;
+            const int64_t first = r * dim;
+            for (int64_t d = 0; d < dim; d++) *by++ = chunk[OFFSET][first + d];
+            for (int64_t d = 0; head.pulls && d < dim; d++) *by++ = chunk[PULL][first + d];
+            for (int64_t d = 0; head.variances && d < dim; d++) *by++ = chunk[RAW][first + d];
+        }
+    });
+}
+
+// by_scale [period, scales] += the energies' gradient by the score's factors, from that by the outputs, each row of it
+// times its number in `factors` [rows].
+void policy_by_scale(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
+                     const float* scores, const float* by_outputs, const float* factors, double* by_scale) {
+    const int64_t dim = shape->inputs, scales = how->scales;
+    Place place(*shape, begin);
+    for (int64_t row = begin; row < end; row++, place.next(*shape)) {
+        // Outputs of a policy that measures by the noise are multiplied by the rate on their way to the drift.
+        const float factor = how->pulls ? factors[row] / steps[place.step].rate : factors[row];
+        const float *score = scores + row * dim, *by = by_outputs + row * shape->outputs;
+        double* to = by_scale + place.step * scales;
+        for (int64_t d = 0; d < dim; d++) {
+            const float clip = how->score_clip, high = score[d] > clip ? clip : score[d];
+            to[scales > 1 ? d : 0] += factor * by[d] * (high < -clip ? -clip : high);
+        }
+    }
+}
+
+// One step of every row: keep x + gain u + sqrt(variance e^v + extra) noise, to `to` [rows, inputs] and to the places
+// that are `stride` apart from `path` on; noise is [rows, inputs], and `steps`, `scale` and `embedding` are of this step
+// alone. Returns as the network.
+int32_t policy_step(const Network* shape, const Head* how, const Step* steps, const float* x, const float* scores,
+                    const float* scale, const float* noise, const float* embedding, const float* factors, float* to,
+                    float* path, int64_t stride) {
+    const Rows rows{*shape, *how, steps, x, nullptr, scores, scale};
+    const Head head = *how;
+    return !in_chunks(rows, 0, shape->rows, embedding, factors, nullptr, [&](const Chunk& chunk, int64_t start, int64_t n) {
+        const int64_t dim = chunk.dim, size = n * dim * sizeof(float);
+        memcpy(chunk[NEXT], noise + start * dim, size);
+        for (int64_t i = 0; i < n * dim; i += LANES) {
+            const Motion move = motion(head, chunk, i);
+            Floats variance = load(chunk[VARIANCE] + i);
+            if (head.variances) variance *= exponential(move.log_var);
+            const Floats mean = load(chunk[KEEP] + i) * load(chunk[X] + i) + load(chunk[GAIN] + i) * move.drift;
+            store(chunk[NEXT] + i, mean + square_root(variance + load(chunk[EXTRA] + i)) * load(chunk[NEXT] + i));
+        }
+        memcpy(to + start * dim, chunk[NEXT], size);
+        for (int64_t r = 0; r < n; r++)
+            memcpy(path + (start + r) * stride, chunk[NEXT] + r * dim, dim * sizeof(float));
+    });
 }
 
 }  // extern "C"

@@ -96,7 +96,7 @@ class StateTimeNet(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         if is_plain(self, x) and torch.broadcast_shapes(x.shape[:-1], embedding.shape[:-1]) == x.shape[:-1]:
-            return joint_network(x, embedding, self.state_net.weight, self._layers())
+            return joint_network(x, embedding, self.state_net.weight, self.layers)
         return self.joint_net(nn.functional.linear(x, self.state_net.weight) + embedding)
 
     def by_steps(self, embedding: Tensor, rows: int) -> Callable[[Tensor, int], Tensor]:
@@ -105,10 +105,12 @@ class StateTimeNet(nn.Module):
         Step n is that of `embedding[n]`. What it returns is valid until the next call.
         """
         if is_plain(self, embedding):
-            return step_network(embedding, self.state_net.weight, self._layers(), rows)
+            return step_network(embedding, self.state_net.weight, self.layers, rows)
         return lambda x, n: self(x, embedding[n])
 
-    def _layers(self) -> list[Layer]:
+    @property
+    def layers(self) -> list[Layer]:
+        """Weight and bias of every layer after the first product."""
         return [(layer.weight, layer.bias) for layer in self.joint_net if isinstance(layer, nn.Linear)]
 
 
@@ -210,6 +212,10 @@ class DiffusionPolicy(nn.Module):
     def inputs(x: Tensor, embedding: TimeEmbedding) -> Tensor:
         """What `forward_net` sees of states x [..., D]."""
         return x if embedding.units is None else embedding.units.inputs(x)
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether the policy on x is no more than its parameters, so that other code may evaluate it."""
+        return is_plain(self, x)
 
     def drift(
         self, x: Tensor, out: Tensor, embedding: TimeEmbedding, score: Tensor | None = None

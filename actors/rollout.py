@@ -4,10 +4,13 @@ TB-type objectives accept any path: the rollout's noise may be widened by explor
 learner trains on is always computed here, from states, with its current parameters.
 """
 
+from collections.abc import Callable
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from driftstream.actors.native_policy import NativeSteps, is_native, native_energies
 from driftstream.actors.policy import DiffusionPolicy
 from driftstream.envs.processes import DiffusionProcess, Kernels
 from driftstream.envs.targets import CountedTarget, Target
@@ -62,25 +65,50 @@ def roll_forward(
         uses them, else None. Log rewards are not evaluated. No gradient.
     """
     sampling_steps, (batch_size, dim) = len(times) - 1, start.shape
-    embedding = policy.embed_times(times[:-1], process)
-    network, embeddings = policy.forward_net.by_steps(embedding.hidden, batch_size), embedding.unbind()
     states = times.new_empty(batch_size, sampling_steps + 1, dim)
     scores = times.new_empty(batch_size, sampling_steps, dim) if policy.langevin else None
     score = None
     noise = start.new_empty(batch_size, dim)
-    x, columns = start, states.unbind(1)
-    columns[0].copy_(x)
-    for n, step in enumerate(process.steps(times)):
+    x = start
+    states[:, 0] = x
+    advance = _steps(policy, process, times, states, exploration_std**2, drift_scale, noise_scale)
+    for n in range(sampling_steps):
         if scores is not None:
             score = target.score(x)
             scores[:, n] = score
-        drift, log_var = policy.drift(x, network(policy.inputs(x, embeddings[n]), n), embeddings[n], score)
         noise.normal_(generator=generator)
+        x = advance(x, n, score, noise)
+    return states, scores
+
+
+def _steps(
+    policy: DiffusionPolicy,
+    process: DiffusionProcess,
+    times: Tensor,
+    states: Tensor,
+    extra_variance: float,
+    drift_scale: float,
+    noise_scale: float,
+) -> Callable[[Tensor, int, Tensor | None, Tensor], Tensor]:
+    """`(x [B, D], n, score, noise)` -> the states after step n, which are written to `states [B, T+1, D]` as well."""
+    embedding, steps = policy.embed_times(times[:-1], process), process.steps(times)
+    extra = [extra_variance * step.gain for step in steps]
+    if is_native(policy, states[:, 0], embedding, states[:, 0] if policy.langevin else None):
+        scaled = [step._replace(gain=drift_scale * step.gain, variance=noise_scale * step.variance) for step in steps]
+        return NativeSteps(policy, embedding, scaled, extra, states)
+    network, embeddings = policy.forward_net.by_steps(embedding.hidden, len(states)), embedding.unbind()
+    columns = states.unbind(1)
+
+    def advance(x: Tensor, n: int, score: Tensor | None, noise: Tensor) -> Tensor:
+        step = steps[n]
+        drift, log_var = policy.drift(x, network(policy.inputs(x, embeddings[n]), n), embeddings[n], score)
         if (drift_scale, noise_scale) != (1.0, 1.0):
             drift, step = drift_scale * drift, step._replace(variance=noise_scale * step.variance)
-        x = process.step(x, drift, step, noise, log_var=log_var, extra_variance=exploration_std**2)
+        x = process.step(x, drift, step, noise, log_var=log_var, extra_variance=extra_variance)
         columns[n + 1].copy_(x)
-    return states, scores
+        return x
+
+    return advance
 
 
 @torch.no_grad()
@@ -139,7 +167,13 @@ def score_trajectories(
         times, kernels = times[index], Kernels(*(part[index[:, :-1]] for part in kernels))
         forward = forward[index[:, :-1]]
         backward = None if backward is None else backward[index[:, 1:] - 1]
-    drift, log_var = policy(states[:, :-1], forward, scores)
+    if is_native(policy, states[:, :-1], forward, scores):
+        energy, squares = native_energies(policy, states, forward, kernels, scores)
+        log_pf = process.log_pf_of(energy, states, times, kernels)
+        if backward is None:
+            return log_pf, process.log_pb_of(squares, policy.dim, kernels)
+    else:
+        drift, log_var = policy(states[:, :-1], forward, scores)
+        log_pf = process.log_pf(states, times, drift, log_var, kernels)
     factors = policy.backward_factors(states[:, 1:], backward)
-    log_pf = process.log_pf(states, times, drift, log_var, kernels)
     return log_pf, process.log_pb(states, times, *factors, kernels)

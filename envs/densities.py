@@ -26,19 +26,27 @@ def log_steps(moved: Tensor, drift: Tensor, gain: Tensor, variance: Tensor, log_
     gain and variance, broadcast against [...], are constants. Gradients flow to moved, drift and log_var; they have
     gradients of their own only where moved requires one.
     """
+    return log_of_energy(step_energy(moved, drift, gain, variance, log_var), variance, moved.shape[-1])
+
+
+def log_of_energy(energy: Tensor, variance: Tensor, dim: int) -> Tensor:
+    """The log density of steps in `dim` dimensions, whose variance is `variance` exp(v), from their `step_energy`."""
+    return -0.5 * (energy + dim * (variance.log() + LOG_2PI))
+
+
+def step_energy(moved: Tensor, drift: Tensor, gain: Tensor, variance: Tensor, log_var: Tensor | None = None) -> Tensor:
+    """Σ_D (moved - gain u)² / (variance exp(v)) + v, as `log_steps` has it -> [...]."""
     if torch.is_grad_enabled() and not (moved.requires_grad or is_transformed()):
         energy: Tensor = _StepEnergy.apply(moved, drift, gain, variance, log_var)
-    else:
-        squares = torch.addcmul(moved, drift, gain.unsqueeze(-1), value=-1.0).square()
-        if log_var is None:
-            energy = squares.sum(-1) / variance
-        else:
-            energy = (squares * torch.exp(-log_var)).sum(-1) / variance + log_var.sum(-1)
-    return -0.5 * (energy + moved.shape[-1] * (variance.log() + LOG_2PI))
+        return energy
+    squares = torch.addcmul(moved, drift, gain.unsqueeze(-1), value=-1.0).square()
+    if log_var is None:
+        return squares.sum(-1) / variance
+    return (squares * torch.exp(-log_var)).sum(-1) / variance + log_var.sum(-1)
 
 
 class _StepEnergy(torch.autograd.Function):
-    """Σ_D (moved - gain u)² / (variance exp(v)) + v, and its gradient by u and v."""
+    """`step_energy`, and its gradient by u and v."""
 
     @staticmethod
     def forward(
@@ -65,4 +73,4 @@ class _StepEnergy(torch.autograd.Function):
         return None, by_drift, None, None, torch.addcmul(gradient, squares, gradient, value=-1.0)
 
 
-__all__ = ["LOG_2PI", "is_transformed", "log_normal", "log_steps"]
+__all__ = ["LOG_2PI", "is_transformed", "log_normal", "log_of_energy", "log_steps", "step_energy"]

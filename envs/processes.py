@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from driftstream.envs.densities import log_normal, log_steps
+from driftstream.envs.densities import log_normal, log_of_energy, step_energy
 from driftstream.envs.errors import ConfigError, require
 from driftstream.envs.schedules import SCHEDULES, Schedule, clock
 
@@ -173,9 +173,14 @@ class DiffusionProcess(ABC):
         The first step from t = 0 includes the log density of x_0 in the prior. `kernels`: those of `times`, where they
         are known. Gradients flow to states, drift and log_var; trajectories that are data should come detached.
         """
-        keep, gain, variance, *_ = kernels or self.kernels_like(times, states)
-        moved = torch.addcmul(states[:, 1:], states[:, :-1], keep.unsqueeze(-1), value=-1.0)
-        log_pf = log_steps(moved, drift, gain, variance, log_var)
+        kernels = kernels or self.kernels_like(times, states)
+        moved = torch.addcmul(states[:, 1:], states[:, :-1], kernels.keep.unsqueeze(-1), value=-1.0)
+        energy = step_energy(moved, drift, kernels.gain, kernels.variance, log_var)
+        return self.log_pf_of(energy, states, times, kernels)
+
+    def log_pf_of(self, energy: Tensor, states: Tensor, times: Tensor, kernels: Kernels) -> Tensor:
+        """`log_pf` from the energies (`step_energy`) of the steps [B, T]."""
+        log_pf = log_of_energy(energy, kernels.variance, states.shape[-1])
         if self.prior_std:
             starts = (times[..., 0] == 0).to(states.dtype)
             log_pf = torch.cat([log_pf[:, :1] + (starts * self.log_prior(states[:, 0])).unsqueeze(1), log_pf[:, 1:]], 1)
@@ -195,7 +200,7 @@ class DiffusionProcess(ABC):
         variance. `kernels`: those of `times`, where they are known. Gradients flow to states and factors.
         """
         kernels = kernels or self.kernels_like(times, states)
-        back, variance = kernels.back.unsqueeze(-1), kernels.back_variance
+        back = kernels.back.unsqueeze(-1)
         if mean_factor is None:
             residual = torch.addcmul(states[:, :-1], states[:, 1:], back, value=-1.0)
         else:
@@ -205,8 +210,13 @@ class DiffusionProcess(ABC):
         if variance_factor is not None:
             squares = squares / variance_factor
             log_factor = variance_factor.log().sum(-1)
-        certain = variance == 0
-        log_pb = log_normal(squares.sum(-1), variance.masked_fill(certain, 1.0), states.shape[-1])
+        return self.log_pb_of(squares.sum(-1), states.shape[-1], kernels, log_factor)
+
+    @staticmethod
+    def log_pb_of(squares: Tensor, dim: int, kernels: Kernels, log_factor: Tensor | None = None) -> Tensor:
+        """`log_pb` from the squared distances of the states to their means [B, T], and the variances' log factors."""
+        certain = kernels.back_variance == 0
+        log_pb = log_normal(squares, kernels.back_variance.masked_fill(certain, 1.0), dim)
         if log_factor is not None:
             log_pb = log_pb - 0.5 * log_factor
         return log_pb.masked_fill(certain, 0.0)

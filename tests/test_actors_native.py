@@ -219,9 +219,9 @@ def test_threads_share_the_rows(build: Library, two_threads: None) -> None:
 
 
 def test_a_part_of_the_rows_changes_no_other(build: Library) -> None:
-    """What `_in_parts` counts on, over the edges of blocks."""
+    """What `in_parts` counts on, over the edges of blocks."""
     x, embedding, weight, layers = make_leaves(((211,), (), 3, 16, 1, 2))
-    rows = native._Rows(x.detach(), embedding, flat((x, embedding, weight, layers))[2:])
+    rows = native.NativeRows(x.detach(), embedding, flat((x, embedding, weight, layers))[2:])
     whole = rows.forward(embedding, None)
     factors, out = rows.parameters.packed(build, rows.network), torch.full((211, 2), math.nan)
     pointers = rows.x.data_ptr(), embedding.data_ptr(), factors.data_ptr(), None, out.data_ptr()

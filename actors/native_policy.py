@@ -1,0 +1,291 @@
+"""Steps of a policy by native code (network.cpp): drawn one after the other, or the energies of given ones.
+
+Network, drift, variance and what they are for go over a block of rows together, which with torch's operations takes
+some twenty passes over all of them.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from driftstream.actors.native import (
+    NativeParameters,
+    NativeRows,
+    built_library,
+    check_memory,
+    fits,
+    in_parts,
+    network_of,
+    place,
+)
+from driftstream.actors.policy import DiffusionPolicy, TimeEmbedding
+from driftstream.actors.preconditioning import REACH
+from driftstream.envs.densities import step_energy
+from driftstream.envs.processes import Kernels, Step
+
+_KERNELS = 4
+"""Of a step's kernels native code needs those before the last, the variance of the way back."""
+
+
+class _Head(ctypes.Structure):
+    """`Head` of network.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("pulls", "variances", "scales")),
+        *((name, ctypes.c_float) for name in ("pull", "score_clip", "drift_clip", "log_var_range")),
+    )
+
+
+def is_native(policy: DiffusionPolicy, states: Tensor, embedding: TimeEmbedding, scores: Tensor | None) -> bool:
+    """Whether native code can make steps from `states [..., D]`, at which the target's score is `scores`.
+
+    Not so where gradients flow to states or scores, or where torch would raise.
+    """
+    if type(policy) is not DiffusionPolicy:
+        return False
+    units, scale = embedding.units, embedding.langevin_scale
+    constants = [states, *(() if units is None else (units.reach, units.drift))]
+    if policy.langevin:
+        if scores is None or scale is None or scores.shape != states.shape:
+            return False
+        constants.append(scores)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants):
+        return False
+    network = policy.forward_net
+    every = (*constants, embedding.hidden, *(() if scale is None else (scale,)))
+    return (
+        states.shape[-1] == policy.dim
+        and policy.is_plain(states)
+        and fits(every, network.state_net.weight, network.layers)
+    )
+
+
+class NativeSteps:
+    """Steps of a grid, drawn for B states at a time into `path [B, T+1, D]`.
+
+    `embedding` is that of the T times at which the `steps` start; `extra [T]` is what their variances gain.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        embedding: TimeEmbedding,
+        steps: Sequence[Step],
+        extra: Sequence[float],
+        path: Tensor,
+    ) -> None:
+        built, (rows, _, dim) = built_library(), path.shape
+        parameters = NativeParameters(_parameters(policy))
+        self._step = built.step
+        self._network = parameters.network(rows, 1, dim, dim, _width(embedding))
+        self._factors = parameters.packed(built, self._network)
+        self._head = _head(policy)
+        kernels = torch.tensor([[*step[:_KERNELS], more] for step, more in zip(steps, extra, strict=True)])
+        self._steps = torch.cat([_units(embedding, len(kernels)), kernels], 1)
+        self._hidden = embedding.hidden.detach().contiguous()
+        self._scale = None if embedding.langevin_scale is None else embedding.langevin_scale.detach().contiguous()
+        self._path = path
+
+    def __call__(self, x: Tensor, n: int, score: Tensor | None, noise: Tensor) -> Tensor:
+        """The states after step n from x [B, D], with the score and the noise there; they go to `path` too."""
+        x, noise, path = x.contiguous(), noise.contiguous(), self._path
+        if score is not None:
+            score = score.to(x).expand_as(x).contiguous()
+        to = torch.empty_like(x)
+        check_memory(
+            self._step(
+                ctypes.byref(self._network),
+                ctypes.byref(self._head),
+                _row(self._steps, n),
+                x.data_ptr(),
+                place(score),
+                None if self._scale is None else _row(self._scale, n),
+                noise.data_ptr(),
+                _row(self._hidden, n),
+                self._factors.data_ptr(),
+                to.data_ptr(),
+                path.data_ptr() + path.element_size() * (n + 1) * path.stride(1),
+                path.stride(0),
+            )
+        )
+        return to
+
+
+def native_energies(
+    policy: DiffusionPolicy, states: Tensor, embedding: TimeEmbedding, kernels: Kernels, scores: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Energies (`step_energy`) of the steps between states [B, L+1, D], and the squares of those back, both [B, L].
+
+    What is squared on the way back is x_n - back x_{n+1}. Embedding and kernels are of one grid, or of each row.
+    Gradients of the energies flow to the policy and to the embedding. The policy `is_native` at states[:, :-1].
+    """
+    constants = [_units(embedding, kernels.keep.numel()).view(*kernels.keep.shape, 2)]
+    steps = torch.cat([*constants, torch.stack([*kernels[:_KERNELS], torch.zeros_like(kernels.keep)], -1)], -1)
+    scores = None if scores is None or not policy.langevin else scores.contiguous()
+    call = _Energies(policy, states, embedding, steps, scores)
+    if not torch.is_grad_enabled():
+        energy, back = call.forward(embedding.hidden, embedding.langevin_scale, _parameters(policy))
+        return energy, back
+    energy, back = _NativeEnergies.apply(call, embedding.hidden, embedding.langevin_scale, *_parameters(policy))
+    return energy, back
+
+
+class _Energies:
+    """`native_energies` of given states; the parameters come separately, as torch wants to know them."""
+
+    def __init__(
+        self, policy: DiffusionPolicy, states: Tensor, embedding: TimeEmbedding, steps: Tensor, scores: Tensor | None
+    ) -> None:
+        self.policy, self.states, self.units, self.steps, self.scores = policy, states, embedding.units, steps, scores
+        self.width = _width(embedding)
+        self.head = _head(policy)
+
+    def rows(self, hidden: Tensor, parameters: Sequence[Tensor]) -> NativeRows:
+        return NativeRows(self.states[:, :-1], hidden, parameters, self.width)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        scale: Tensor | None,
+        parameters: Sequence[Tensor],
+        kept: Tensor | None = None,
+        by_outputs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Energies and squares [B, L]; what the way back needs is written to the last two, if given."""
+        rows = self.rows(hidden, parameters)
+        hidden, scale = hidden.contiguous(), None if scale is None else scale.contiguous()
+        following = self.states[:, 1:]
+        if rows.x.data_ptr() != self.states.data_ptr():
+            following = following.contiguous()
+        factors = rows.parameters.packed(rows.built, rows.network)
+        energy, back = self.states.new_empty(2, *self.states[:, 1:, 0].shape)
+
+        def part(begin: int, end: int) -> None:
+            check_memory(
+                rows.built.energy(
+                    ctypes.byref(rows.network),
+                    ctypes.byref(self.head),
+                    begin,
+                    end,
+                    self.steps.data_ptr(),
+                    rows.x.data_ptr(),
+                    following.data_ptr(),
+                    place(self.scores),
+                    place(scale),
+                    hidden.data_ptr(),
+                    factors.data_ptr(),
+                    place(kept),
+                    place(by_outputs),
+                    energy.data_ptr(),
+                    back.data_ptr(),
+                )
+            )
+
+        in_parts(rows.network.rows, part)
+        return energy, back
+
+    def by_scale(self, rows: NativeRows, scale: Tensor, by_outputs: Tensor, factors: Tensor) -> Tensor:
+        """The energies' gradient by the score's factors, like `scale`, each energy's times its number in `factors`."""
+
+        def part(begin: int, end: int) -> Tensor:
+            by = torch.zeros(scale.shape, dtype=torch.float64)
+            rows.built.by_scale(
+                ctypes.byref(rows.network),
+                ctypes.byref(self.head),
+                begin,
+                end,
+                self.steps.data_ptr(),
+                place(self.scores),
+                by_outputs.data_ptr(),
+                factors.data_ptr(),
+                by.data_ptr(),
+            )
+            return by
+
+        return torch.stack(in_parts(rows.network.rows, part)).sum(0).to(scale.dtype)
+
+    def of_torch(self, hidden: Tensor, scale: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
+        """The energies [B, L] by torch's operations."""
+        x, embedding = self.states[:, :-1], TimeEmbedding(hidden, scale, self.units)
+        weight, *rest = parameters
+        layers = list(zip(rest[::2], rest[1::2], strict=True))
+        out = network_of(self.policy.inputs(x, embedding), hidden, weight, layers)
+        drift, log_var = self.policy.drift(x, out, embedding, self.scores)
+        keep, gain, variance = self.steps[..., 2:5].unbind(-1)
+        return step_energy(self.states[:, 1:] - keep.unsqueeze(-1) * x, drift, gain, variance, log_var)
+
+
+class _NativeEnergies(torch.autograd.Function):
+    """`native_energies` and the energies' gradient, by torch's operations where that is batched."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Energies, hidden: Tensor, scale: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows = call.states[:, 1:, 0].numel()
+        kept = hidden.new_empty(len(parameters) // 2, rows, hidden.shape[-1])
+        by_outputs = hidden.new_empty(rows, len(parameters[-1]))
+        energy, back = call.forward(hidden, scale, parameters, kept, by_outputs)
+        ctx.call = call
+        ctx.save_for_backward(kept, by_outputs, scale, hidden, *parameters)
+        ctx.mark_non_differentiable(back)
+        return energy, back
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        kept, by_outputs, scale, *inputs = ctx.saved_tensors
+        call: _Energies = ctx.call
+        by_scale: Tensor | None = None
+        if torch._C._functorch.is_legacy_batchedtensor(gradient):
+            with torch.enable_grad():
+                scale = None if scale is None else scale.detach().requires_grad_()
+                hidden, *parameters = (tensor.detach().requires_grad_() for tensor in inputs)
+                energy = call.of_torch(hidden, scale, parameters)
+            wanted = [hidden, *parameters, *([] if scale is None else [scale])]
+            by_hidden, *others = torch.autograd.grad(energy, wanted, gradient)
+            if scale is not None:
+                by_scale = others.pop()
+            return None, by_hidden, by_scale, *others
+        hidden, *parameters = inputs
+        rows, factors = call.rows(hidden, parameters), gradient.contiguous()
+        by_hidden, others = rows.backward(by_outputs, kept, by_states=False, factors=factors)[1:]
+        if scale is not None:
+            by_scale = call.by_scale(rows, scale, by_outputs, factors)
+        return None, by_hidden.view(hidden.shape), by_scale, *others
+
+
+def _parameters(policy: DiffusionPolicy) -> list[Tensor]:
+    network = policy.forward_net
+    return [network.state_net.weight, *(parameter for layer in network.layers for parameter in layer)]
+
+
+def _head(policy: DiffusionPolicy) -> _Head:
+    config = policy.config
+    scales = 0 if not policy.langevin else policy.dim if config.langevin_scale == "dimension" else 1
+    limits = config.score_clip, config.drift_clip, config.log_var_range
+    return _Head(config.precondition, policy.learned_variance, scales, REACH, *limits)
+
+
+def _width(embedding: TimeEmbedding) -> float:
+    return 0.0 if embedding.units is None else embedding.units.width
+
+
+def _units(embedding: TimeEmbedding, steps: int) -> Tensor:
+    """Reach and rate of every step, [steps, 2]; ones where there are none."""
+    units = embedding.units
+    if units is None:
+        return torch.ones(steps, 2)
+    return torch.cat([units.reach.reshape(-1, 1), units.drift.reshape(-1, 1)], 1)
+
+
+def _row(tensor: Tensor, n: int) -> int:
+    """Where row n of a contiguous matrix stands."""
+    return tensor.data_ptr() + n * tensor.stride(0) * tensor.element_size()
+
+
+__all__ = ["NativeSteps", "is_native", "native_energies"]
