@@ -99,8 +99,8 @@ class Learner:
             self.policy = DiffusionPolicy(target.dim, policy).to(device)
             second = None if teacher is None else DiffusionPolicy(target.dim, teacher_policy(policy)).to(device)
         self.log_z = nn.Parameter(torch.zeros((), device=device))
-        self.average = WeightAverage(self.policy, optim.ema_decay)
         self.optimizer = Optimizer(self.policy, self.log_z, optim)
+        self.average = WeightAverage(self.policy, optim.ema_decay)
         self.teacher = None
         if teacher is not None and second is not None:
             self.teacher = Teacher(second, process, teacher, optim)

@@ -1,7 +1,7 @@
 """The optimiser, its learning-rate schedule, and the moving average of the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,21 +48,54 @@ class OptimConfig:
         return self.final_fraction + (1.0 - self.final_fraction) * cosine
 
 
+class FlatParameters:
+    """Parameters whose values lie in one tensor, `values [N]`, so that what is done to all of them is done once.
+
+    The parameters become views of it. A module's tensors must be taken, and its device be chosen, after that.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.values = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+        for parameter, part in zip(self.parameters, self.split(self.values.detach()), strict=True):
+            parameter.data = part
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """A tensor [N] as views, one of each parameter's shape."""
+        parts = flat.split([parameter.numel() for parameter in self.parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)]
+
+    def join(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """Tensors like the parameters, as one [N]; zero where there is none."""
+        pairs = zip(parts, self.parameters, strict=True)
+        return torch.cat([(torch.zeros_like(like) if part is None else part).flatten() for part, like in pairs])
+
+    def take_gradients(self) -> None:
+        """Move the parameters' gradients to `values`, which gets none where no parameter has one."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        self.values.grad = None if all(gradient is None for gradient in gradients) else self.join(gradients)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
 class Optimizer:
-    """Adam over policy, state flow and log Z (each with its own rate), with schedule and clipping."""
+    """Adam over policy, state flow and log Z (each with its own rate), with schedule and clipping.
+
+    The parameters of each become views of one tensor (`FlatParameters`).
+    """
 
     def __init__(self, policy: DiffusionPolicy, log_z: nn.Parameter, config: OptimConfig) -> None:
         self.config = config
         flow = [] if policy.flow_net is None else list(policy.flow_net.parameters())
         others = set(flow)
         rest = [parameter for parameter in policy.parameters() if parameter not in others]
-        self._parameters = [*rest, log_z, *flow]
-        groups = [
-            {"params": rest, "base_lr": config.learning_rate},
-            {"params": [log_z], "base_lr": config.log_z_learning_rate},
-        ]
-        if flow:
-            groups.append({"params": flow, "base_lr": config.flow_learning_rate})
+        rates = [(rest, config.learning_rate), ([log_z], config.log_z_learning_rate), (flow, config.flow_learning_rate)]
+        self._flat: list[FlatParameters] = []
+        groups = []
+        for parameters, rate in rates:
+            if parameters:
+                self._flat.append(FlatParameters(parameters))
+                groups.append({"params": [self._flat[-1].values], "base_lr": rate})
         self.adam = torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
     def step(self, loss: Tensor, progress: float) -> float:
@@ -70,14 +103,17 @@ class Optimizer:
 
         A loss or gradient that is not finite changes nothing but clears the gradients.
         """
-        # Of a few small tensors, torch's own functions for these take longer than the work.
-        for parameter in self._parameters:
-            parameter.grad = None
+        for flat in self._flat:
+            for parameter in flat.parameters:
+                parameter.grad = None
         loss.backward()
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+        for flat in self._flat:
+            flat.take_gradients()
+        gradients = [flat.values.grad for flat in self._flat if flat.values.grad is not None]
+        norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
         if 0.0 < self.config.clip_grad_norm < norm < math.inf:
-            torch._foreach_mul_(gradients, self.config.clip_grad_norm / norm)
+            for gradient in gradients:
+                gradient.mul_(self.config.clip_grad_norm / norm)
         # A target's infinite reward is a constant to the gradient, which then tells nothing.
         norm = norm if math.isfinite(loss.detach()) else math.nan
         if math.isfinite(norm):
@@ -92,18 +128,29 @@ class Optimizer:
         return self.adam.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Adam's moments and step counts by position of the parameter, as flat tensors."""
-        state = self.adam.state_dict()["state"]
-        return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+        """Adam's moments and step counts by position of the parameter: the policy's, log Z, the state flow's."""
+        found: dict[str, Tensor] = {}
+        first = 0
+        for flat in self._flat:
+            for key, value in self.adam.state.get(flat.values, {}).items():
+                parts = flat.split(value) if value.shape == flat.values.shape else [value] * len(flat.parameters)
+                found |= {f"{first + index}.{key}": part for index, part in enumerate(parts)}
+            first += len(flat.parameters)
+        return found
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
-        full = self.adam.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = value
-        self.adam.load_state_dict({"state": state, "param_groups": full["param_groups"]})
+        first = 0
+        for group, flat in enumerate(self._flat):
+            positions = range(first, first + len(flat.parameters))
+            first += len(flat.parameters)
+            steps = [tensors[f"{index}.step"] for index in positions if f"{index}.step" in tensors]
+            if steps:
+                keys = ("exp_avg", "exp_avg_sq")
+                moments = {key: flat.join([tensors.get(f"{index}.{key}") for index in positions]) for key in keys}
+                state[group] = {"step": torch.stack(steps).max(), **moments}
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
 
 
 class WeightAverage:
