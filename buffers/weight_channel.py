@@ -52,7 +52,10 @@ class WeightPublisher:
         Raises `WireError` for weights that are not finite and for what a frame cannot hold; then the former
         snapshot stays the newest.
         """
-        frame = encode_weights(snapshot)
+        self.publish_frame(encode_weights(snapshot))
+
+    def publish_frame(self, frame: bytearray) -> None:
+        """Publish what `WeightEncoder` gave; never waits for a subscriber."""
         with self._lock:
             if not self._leave.is_set():
                 self._newest = frame

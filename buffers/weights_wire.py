@@ -62,30 +62,51 @@ class WeightSnapshot:
     tensors: Mapping[str, Tensor]
 
 
+class WeightEncoder:
+    """Encodes versions of the same tensors, whose values change where they stand.
+
+    What all versions have in common is worked out once, which is most of the work for a policy's many small tensors.
+    Raises `WireError` for tensors that `decode_weights` would refuse, whatever their values.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._groups: dict[int, dict[str, Tensor]] = {}
+        entries: list[Entry] = []
+        for name, value in tensors.items():
+            if value.dtype not in DTYPES:
+                raise WireError(f"tensor {name!r} of {value.dtype} has no place in a weights frame")
+            code = DTYPES.index(value.dtype)
+            # A view, where the values lie side by side; others are copied at every version.
+            part = value.detach().view(-1) if value.is_contiguous() else value.detach()
+            self._groups.setdefault(code, {})[name] = part
+            entries.append((name, code, tuple(value.shape)))
+        self._groups = dict(sorted(self._groups.items()))
+        self._description = _description(tuple(entries))
+
+    def encode(self, version: int, progress: float, wall_s: float, energy_evaluations: int) -> bytearray:
+        """One frame with a copy of the present values (see `WeightSnapshot`).
+
+        Raises `WireError` for a position or values that `decode_weights` would refuse.
+        """
+        _check_position(version, progress, wall_s, energy_evaluations)
+        header = HEADER.pack(version, progress, wall_s, energy_evaluations, len(self._description))
+        frame = bytearray(CHECKED.size) + header + self._description
+        for parts in self._groups.values():
+            data = torch.cat([part if part.dim() == 1 else part.reshape(-1) for part in parts.values()]).cpu()
+            _check_finite(data, parts)
+            frame += bytes(-len(frame) % ALIGNMENT)
+            frame += tensor_bytes(data)
+        CHECKED.pack_into(frame, 0, MAGIC, SCHEMA, checksum([memoryview(frame)[CHECKED.size :]]))
+        return frame
+
+
 def encode_weights(snapshot: WeightSnapshot) -> bytearray:
     """One frame with a copy of the snapshot: the weights may change as soon as this returns.
 
     Raises `WireError` for all that `decode_weights` would refuse.
     """
-    _check_position(snapshot.version, snapshot.progress, snapshot.wall_s, snapshot.energy_evaluations)
-    groups: dict[int, dict[str, Tensor]] = {}
-    entries: list[Entry] = []
-    for name, value in snapshot.tensors.items():
-        if value.dtype not in DTYPES:
-            raise WireError(f"tensor {name!r} of {value.dtype} has no place in a weights frame")
-        code = DTYPES.index(value.dtype)
-        groups.setdefault(code, {})[name] = value.detach().reshape(-1)
-        entries.append((name, code, tuple(value.shape)))
-    description = _description(tuple(entries))
-    header = (snapshot.version, snapshot.progress, snapshot.wall_s, snapshot.energy_evaluations, len(description))
-    frame = bytearray(CHECKED.size) + HEADER.pack(*header) + description
-    for _, parts in sorted(groups.items()):
-        data = torch.cat(list(parts.values())).cpu()
-        _check_finite(data, parts)
-        frame += bytes(-len(frame) % ALIGNMENT)
-        frame += tensor_bytes(data)
-    CHECKED.pack_into(frame, 0, MAGIC, SCHEMA, checksum([memoryview(frame)[CHECKED.size :]]))
-    return frame
+    encoder = WeightEncoder(snapshot.tensors)
+    return encoder.encode(snapshot.version, snapshot.progress, snapshot.wall_s, snapshot.energy_evaluations)
 
 
 def decode_weights(frame: Buffer, limits: WireLimits | None = None) -> WeightSnapshot:

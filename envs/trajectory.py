@@ -9,6 +9,7 @@ A batch of B trajectories with T steps in D dimensions has batch size [B] and th
     condition   [B, ...]     optional
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -49,13 +50,14 @@ def validate_trajectories(
 
     The values under the keys `finite` must be finite too.
     """
+    present = dict(trajectories.items())
     for key in ("states", "times", "log_reward"):
-        if key not in trajectories:
+        if key not in present:
             raise TrajectoryError(f"key {key!r} is missing: expected states, times and log_reward")
     if trajectories.batch_dims != 1:
         raise TrajectoryError(f"batch size is {list(trajectories.batch_size)}: expected [B]")
     batch_size = trajectories.batch_size[0]
-    states, times = trajectories["states"], trajectories["times"]
+    states, times = present["states"], present["times"]
     points = states.shape[1] if states.ndim == 3 else 0
     if points < 2 or states.shape[2] != dim or sampling_steps not in (None, points - 1):
         steps = "T+1 (T >= 1)" if sampling_steps is None else str(sampling_steps + 1)
@@ -67,13 +69,13 @@ def validate_trajectories(
         "scores": [batch_size, points - 1, dim],
     }
     for key, shape in expected.items():
-        if key in trajectories:
-            _check_tensor(key, trajectories[key], shape, key in finite)
+        if key in present:
+            _check_tensor(key, present[key], shape, key in finite)
     # A row that was expanded stands for all, and has to: what reads the batch reads the first.
     if times.stride(0) != 0 and not bool((times == times[:1]).all()):
         raise TrajectoryError("'times' differs between trajectories: expected one grid for the batch")
-    grid = times[:1]
-    if not bool(((grid[:, 0] == 0) & (grid[:, -1] == 1) & (grid.diff(dim=1) > 0).all(1)).all()):
+    grid = times[:1].flatten().tolist()
+    if grid and not (grid[0] == 0 and grid[-1] == 1 and all(t < later for t, later in itertools.pairwise(grid))):
         raise TrajectoryError("'times' is no grid: expected 0 = t_0 < ... < t_T = 1")
 
 

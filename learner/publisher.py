@@ -2,10 +2,8 @@
 
 import time
 
-from torch import Tensor
-
 from driftstream.buffers.weight_channel import WeightPublisher
-from driftstream.buffers.weights_wire import WeightSnapshot
+from driftstream.buffers.weights_wire import WeightEncoder
 from driftstream.learner.learner import Learner
 from driftstream.learner.limits import Budget
 
@@ -19,7 +17,8 @@ class Publisher:
         self._learner = learner
         self._budget = budget
         # Training and resuming change these in place.
-        self._tensors = learner.published_tensors()
+        self._newest = WeightEncoder(learner.published_tensors())
+        self._averaged = WeightEncoder(learner.average.tensors)
         self._weights = WeightPublisher(weights)
         self._average = WeightPublisher(ema_weights)
         self._average_due = 0.0
@@ -30,23 +29,18 @@ class Publisher:
         learner = self._learner
         if self.version != learner.step:
             self.version = learner.step
-            self._weights.publish(self._snapshot(self._tensors))
+            self._weights.publish_frame(self._frame(self._newest))
         now = time.monotonic()
         if now >= self._average_due:
             self._average_due = now + AVERAGE_EVERY_S
-            self._average.publish(self._snapshot(learner.average.tensors))
+            self._average.publish_frame(self._frame(self._averaged))
         return self.version
 
-    def _snapshot(self, tensors: dict[str, Tensor]) -> WeightSnapshot:
+    def _frame(self, encoder: WeightEncoder) -> bytearray:
         learner = self._learner
         calls = learner.energy_evaluations
-        return WeightSnapshot(
-            version=learner.step,
-            progress=self._budget.progress(learner.step, calls),
-            wall_s=self._budget.elapsed_s,
-            energy_evaluations=calls,
-            tensors=tensors,
-        )
+        progress = self._budget.progress(learner.step, calls)
+        return encoder.encode(learner.step, progress, self._budget.elapsed_s, calls)
 
     def close(self) -> None:
         """Close both sockets."""
