@@ -25,8 +25,11 @@ EXIT_S = 2.0
 NOTHING_TO_SAVE_S = 4.0
 """What a role other than the learner gets once the supervisor is gone; a library that holds the interpreter's lock may
 take longer."""
-NICE = {"refiner": 5, "evaluator": 10}
-"""Nobody waits for a refiner's next states, nor for an evaluation: they give way to learner and actors."""
+NICE = {"actor": 10, "refiner": 15, "evaluator": 19}
+"""All give way to the learner: where processors are few, what wakes beside it would else take its own for a while.
+
+Nobody waits for a refiner's next states, nor for an evaluation: these give way to actors too.
+"""
 
 log = logging.getLogger("driftstream")
 
