@@ -26,6 +26,7 @@ COPIED_BYTES = 2**20
 Otherwise a thread of this process takes the interpreter as each of them has left, just when a learner goes on.
 """
 _LINGER_MS = 500
+_POLLIN = int(zmq.POLLIN)
 _KEYS = "?keys="
 
 
@@ -127,11 +128,13 @@ def close(context: zmq.Context, *sockets: Any) -> None:
 
 def drain(socket: Any, copy: bool = False) -> Iterator[list[Any]]:
     """The messages that wait on a socket, without waiting for more."""
-    while True:
+    # Asking is cheaper than an exception, which most calls would end with.
+    while socket.getsockopt(zmq.EVENTS) & _POLLIN:
         try:
-            yield socket.recv_multipart(zmq.NOBLOCK, copy=copy)
+            message = socket.recv_multipart(zmq.NOBLOCK, copy=copy)
         except zmq.Again:
             return
+        yield message
 
 
 def send_now(socket: Any, frames: list[Any]) -> bool:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_S = 0.05
 """After so long without a call a thread of the server's serves the senders."""
+RECENT_S = 0.005
+"""What was served within this time need not be for what nobody waits for."""
 _LOOK_S = 0.5
 """How often it is looked which senders are gone."""
 _MESSAGES_PER_TURN = 64
@@ -100,7 +102,8 @@ class StreamServer:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            self._serve(deadline)
+            if not self._trajectories:  # the release of one that is there serves
+                self._serve(deadline)
             with self._lock:
                 self._raise_failure()
                 if self._trajectories:
@@ -110,7 +113,9 @@ class StreamServer:
 
     def take_terminals(self) -> list[Message]:
         """All batches of terminal states that have arrived, oldest first; `release` each once stored."""
-        self._serve()
+        # Nobody waits for them, and a learner asks at every update.
+        if time.monotonic() - self._served_at >= RECENT_S:
+            self._serve()
         with self._lock:
             self._raise_failure()
             taken = list(self._terminals)
