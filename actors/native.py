@@ -24,7 +24,7 @@ Layer = tuple[Tensor, Tensor]
 SWITCH = "DRIFTSTREAM_NATIVE"
 BUILDS = ("network_avx2", "network_generic")
 """Extensions that are built from network.cpp, each where the compiler knows how."""
-VERSION = 4
+VERSION = 5
 """`network_version` of network.cpp; a build of another one is not used."""
 PART_ROWS = 1024
 """Threads get at least so many rows each: what a part takes is then twenty times what handing it over takes."""
@@ -62,6 +62,10 @@ class Library:
         self.forward.argtypes = [pointer, integer, integer, *[pointer] * 5]
         self.backward = library.network_backward
         self.backward.argtypes = [pointer, integer, integer, *[pointer] * 8]
+        self.times_forward = library.times_forward
+        self.times_forward.argtypes = [pointer] * 9
+        self.times_backward = library.times_backward
+        self.times_backward.argtypes = [pointer] * 9
         self.energy = library.policy_energy
         self.energy.argtypes = [pointer, pointer, integer, integer, *[pointer] * 11]
         self.by_scale = library.policy_by_scale
@@ -177,6 +181,26 @@ class NativeParameters:
         return factors
 
 
+class GradientLayout:
+    """Where gradients stand: that by the embedding, then those by the parameters as network.cpp adds to them."""
+
+    def __init__(self, built: Library, network: Network, parameters: Sequence[Tensor]) -> None:
+        self._inputs = network.inputs
+        padded = -(-network.inputs // built.lanes) * built.lanes
+        self._sizes = [torch.Size((network.hidden, padded))]
+        for bias in parameters[2::2]:
+            self._sizes += [bias.shape, torch.Size((len(bias), network.hidden))]
+        self.embedding = network.period * network.hidden
+        self.size = self.embedding + sum(size.numel() for size in self._sizes)
+
+    def split(self, total: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The gradient by the embedding, flat, and those by all parameters in their order."""
+        by_embedding, *flat = total.split([self.embedding, *(size.numel() for size in self._sizes)])
+        by_weight, *others = (part.view(size) for part, size in zip(flat, self._sizes, strict=True))
+        in_order = [by for bias, weight in zip(others[::2], others[1::2], strict=True) for by in (weight, bias)]
+        return by_embedding, [by_weight[:, : self._inputs], *in_order]
+
+
 class NativeRows:
     """The network on all rows of x [..., D]; with a `width` on what it sees of them (see network.cpp)."""
 
@@ -211,27 +235,20 @@ class NativeRows:
         `gradient` is that by the outputs, each row of it times its number in `factors`, if given.
         """
         network, gradient = self.network, gradient.contiguous()
-        inputs = -(-network.inputs // self.built.lanes) * self.built.lanes
-        sizes = [torch.Size((network.hidden, inputs))]
-        for bias in self.parameters.tensors[2::2]:
-            sizes += [bias.shape, torch.Size((len(bias), network.hidden))]
-        lengths = [network.period * network.hidden, *(size.numel() for size in sizes)]
+        layout = GradientLayout(self.built, network, self.parameters.tensors)
         by_x = self.x.new_empty(*self.leading, network.inputs) if by_states else None
 
         def part(begin: int, end: int) -> Tensor:
-            by = self.x.new_zeros(sum(lengths))
+            by = self.x.new_zeros(layout.size)
             x, outputs = self.x.data_ptr(), gradient.data_ptr()
             tensors = x, self.parameters.pointers, kept.data_ptr(), outputs, place(factors), place(by_x)
-            by_parameters = by.data_ptr() + lengths[0] * by.element_size()
+            by_parameters = by.data_ptr() + layout.embedding * by.element_size()
             check_memory(self.built.backward(ctypes.byref(network), begin, end, *tensors, by.data_ptr(), by_parameters))
             return by
 
         sums = in_parts(network.rows, part)
         total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-        by_embedding, *flat = total.split(lengths)
-        by_weight, *others = (part.view(size) for part, size in zip(flat, sizes, strict=True))
-        in_order = [by for bias, weight in zip(others[::2], others[1::2], strict=True) for by in (weight, bias)]
-        return by_x, by_embedding, [by_weight[:, : network.inputs], *in_order]
+        return by_x, *layout.split(total)
 
 
 class _NativeNetwork(torch.autograd.Function):
@@ -327,6 +344,7 @@ if hasattr(os, "register_at_fork"):
 
 __all__ = [
     "BUILDS",
+    "GradientLayout",
     "Library",
     "NativeParameters",
     "NativeRows",

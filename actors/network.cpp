@@ -219,7 +219,7 @@ float* evaluate(const Network& network, int64_t start, int64_t n, const float* x
 extern "C" {
 
 // Raised whenever what is called or how parameters are laid out changes.
-int32_t network_version() { return 4; }
+int32_t network_version() { return 5; }
 
 int32_t network_lanes() { return LANES; }
 
@@ -324,6 +324,42 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
             for (int64_t r = 0; r < n; r++)
                 memcpy(by_states + (start + r) * network.inputs, states + r * inputs, network.inputs * sizeof(float));
         }
+    }
+    return 0;
+}
+
+// A network of times: its inputs are sin and cos of angles t f + p, [rows, 2 harmonics], and its embedding one bias.
+// `features` are written, [rows, inputs]; the rest as for the network, of all rows.
+int32_t times_forward(const Network* shape, const float* times, const float* frequencies, const float* phases,
+                      const float* bias, const float* factors, float* features, float* kept, float* out) {
+    const int64_t harmonics = shape->inputs / 2;
+    for (int64_t row = 0; row < shape->rows; row++)
+        for (int64_t h = 0; h < harmonics; h++) {
+            float angle = times[row] * frequencies[h];
+            asm volatile("" : "+m"(angle));  // rounded before the sum, as elsewhere: it may be a hundred
+            angle += phases[h];
+            features[row * 2 * harmonics + h] = __builtin_sinf(angle);
+            features[row * 2 * harmonics + harmonics + h] = __builtin_cosf(angle);
+        }
+    return network_forward(shape, 0, shape->rows, features, bias, factors, kept, out);
+}
+
+// Gradients from `gradient` [rows, outputs]: by the features, which are scratch, by the phases [harmonics], which are
+// written, and as for the network.
+int32_t times_backward(const Network* shape, const float* features, const float* const* parameters, const float* kept,
+                       const float* gradient, float* by_features, float* by_phases, float* by_bias,
+                       float* by_parameters) {
+    const int64_t harmonics = shape->inputs / 2;
+    if (network_backward(shape, 0, shape->rows, features, parameters, kept, gradient, nullptr, by_features, by_bias,
+                         by_parameters))
+        return 1;
+    for (int64_t h = 0; h < harmonics; h++) {
+        double sum = 0.0;
+        for (int64_t row = 0; row < shape->rows; row++) {
+            const float *at = features + row * 2 * harmonics + h, *by = by_features + row * 2 * harmonics + h;
+            sum += by[0] * at[harmonics] - by[harmonics] * at[0];
+        }
+        by_phases[h] = (float)sum;
     }
     return 0;
 }

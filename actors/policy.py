@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from driftstream.actors.fused import Layer, is_plain, joint_network, step_network
+from driftstream.actors.native_times import time_network
 from driftstream.actors.preconditioning import NoiseUnits
 from driftstream.envs.errors import require
 from driftstream.envs.processes import DiffusionProcess
@@ -92,7 +93,7 @@ class StateTimeNet(nn.Module):
 
     def embed(self, t: Tensor) -> Tensor:
         """Embedding `[T, H]` of the times `t [T]`, with the bias of the states' layer."""
-        return self.time_net(self.time_features(t)) + self.state_net.bias
+        return _of_times(t, self.time_features, self.time_net) + self.state_net.bias
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         if is_plain(self, x) and torch.broadcast_shapes(x.shape[:-1], embedding.shape[:-1]) == x.shape[:-1]:
@@ -111,7 +112,7 @@ class StateTimeNet(nn.Module):
     @property
     def layers(self) -> list[Layer]:
         """Weight and bias of every layer after the first product."""
-        return [(layer.weight, layer.bias) for layer in self.joint_net if isinstance(layer, nn.Linear)]
+        return _linear_layers(self.joint_net)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class DiffusionPolicy(nn.Module):
 
         Raises ValueError where the policy is preconditioned and `process` is not given.
         """
-        langevin_scale = self.langevin_net(self.langevin_features(t)) if self.langevin else None
+        langevin_scale = _of_times(t, self.langevin_features, self.langevin_net) if self.langevin else None
         hidden = self.forward_net.embed(t)
         if not self.config.precondition:
             return TimeEmbedding(hidden, langevin_scale)
@@ -250,6 +251,17 @@ class DiffusionPolicy(nn.Module):
     def embed_backward(self, t: Tensor) -> Tensor | None:
         """Embedding `[T, H]` for `backward_factors` of the times `t [T]` at which steps end; None for a fixed P_B."""
         return None if self.backward_net is None else self.backward_net.embed(t)
+
+
+def _linear_layers(network: nn.Sequential) -> list[Layer]:
+    return [(layer.weight, layer.bias) for layer in network if isinstance(layer, nn.Linear)]
+
+
+def _of_times(t: Tensor, features: TimeFeatures, network: nn.Sequential) -> Tensor:
+    """The network of the times' features: `t [T] -> [T, outputs]`."""
+    if is_plain(network, t) and is_plain(features, t):
+        return time_network(t, features.frequencies, features.phases, _linear_layers(network))
+    return network(features(t))
 
 
 def _clip(values: Tensor, limit: float) -> Tensor:

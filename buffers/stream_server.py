@@ -22,8 +22,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_S = 0.05
 """After so long without a call a thread of the server's serves the senders."""
-RECENT_S = 0.005
-"""What was served within this time need not be for what nobody waits for."""
+_RECENT_S = 0.005  # what nobody waits for may wait as long to be received
 _LOOK_S = 0.5
 """How often it is looked which senders are gone."""
 _MESSAGES_PER_TURN = 64
@@ -113,8 +112,7 @@ class StreamServer:
 
     def take_terminals(self) -> list[Message]:
         """All batches of terminal states that have arrived, oldest first; `release` each once stored."""
-        # Nobody waits for them, and a learner asks at every update.
-        if time.monotonic() - self._served_at >= RECENT_S:
+        if time.monotonic() - self._served_at >= _RECENT_S:
             self._serve()
         with self._lock:
             self._raise_failure()
