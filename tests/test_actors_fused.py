@@ -90,7 +90,7 @@ def loss_and_gradients(
 def assert_gradients_agree(
     policy: DiffusionPolicy, process: DiffusionProcess, paths: Paths, objective: ObjectiveConfig
 ) -> None:
-    """Within 2e-5 of each gradient's norm, in single precision: torch's own is up to 3e-5 off for a scalar's network."""
+    """Within 2e-5 of each gradient's norm, in single precision: torch's own may be 3e-5 off."""
     loss, gradients = loss_and_gradients(policy, process, paths, objective)
     with torchs_own_gradients():
         expected_loss, expected = loss_and_gradients(policy, process, paths, objective)
