@@ -24,7 +24,7 @@ Layer = tuple[Tensor, Tensor]
 SWITCH = "DRIFTSTREAM_NATIVE"
 BUILDS = ("network_avx2", "network_generic")
 """Extensions that are built from network.cpp, each where the compiler knows how."""
-VERSION = 5
+VERSION = 6
 """`network_version` of network.cpp; a build of another one is not used."""
 PART_ROWS = 1024
 """Threads get at least so many rows each: what a part takes is then twenty times what handing it over takes."""
@@ -71,7 +71,7 @@ class Library:
         self.by_scale = library.policy_by_scale
         self.by_scale.argtypes, self.by_scale.restype = [pointer, pointer, integer, integer, *[pointer] * 5], None
         self.step = library.policy_step
-        self.step.argtypes = [*[pointer] * 11, integer]
+        self.step.argtypes = [pointer, pointer, integer, integer, *[pointer] * 9, integer]
 
 
 @cache

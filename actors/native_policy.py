@@ -19,6 +19,7 @@ from driftstream.actors.native import (
     check_memory,
     fits,
     in_parts,
+    is_per_step,
     network_of,
     place,
 )
@@ -40,28 +41,43 @@ class _Head(ctypes.Structure):
     )
 
 
-def is_native(policy: DiffusionPolicy, states: Tensor, embedding: TimeEmbedding, scores: Tensor | None) -> bool:
-    """Whether native code can make steps from `states [..., D]`, at which the target's score is `scores`.
+def is_native(
+    policy: DiffusionPolicy,
+    states: Tensor,
+    embedding: TimeEmbedding,
+    scores: Tensor | None,
+    kernels: Kernels | None = None,
+) -> bool:
+    """Whether native code can make steps from `states`, at which the target's score is `scores`.
 
-    Not so where gradients flow to states or scores, or where torch would raise.
+    The states are [B, D], at any one time of the embedding; with `kernels` [B, L, D], at all times of the embedding and
+    of the kernels, [L] or [B, L]. Not so where gradients flow to anything but the policy, or where shapes would have to
+    be broadcast or do not fit.
     """
     if type(policy) is not DiffusionPolicy:
         return False
-    units, scale = embedding.units, embedding.langevin_scale
-    constants = [states, *(() if units is None else (units.reach, units.drift))]
+    hidden, scale, units = embedding.hidden, embedding.langevin_scale, embedding.units
+    network, leading = policy.forward_net, embedding.hidden.shape[:-1]
+    weight, layers = network.state_net.weight, network.layers
+    constants = [states, *([] if units is None else [units.reach, units.drift]), *(kernels or ())]
     if policy.langevin:
         if scores is None or scale is None or scores.shape != states.shape:
+            return False
+        if scale.shape != (*leading, _head(policy).scales):
             return False
         constants.append(scores)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants):
         return False
-    network = policy.forward_net
-    every = (*constants, embedding.hidden, *(() if scale is None else (scale,)))
-    return (
-        states.shape[-1] == policy.dim
-        and policy.is_plain(states)
-        and fits(every, network.state_net.weight, network.layers)
-    )
+    if kernels is None:
+        fitting = states.dim() == hidden.dim() == 2 and states.shape[1] == policy.dim
+    else:
+        fitting = states.dim() == 3 and is_per_step(states, hidden, weight)
+        fitting = fitting and all(part.shape == leading for part in kernels)
+    if units is not None:
+        fitting = fitting and units.reach.shape == units.drift.shape == (*leading, 1)
+    outputs = policy.dim * (1 + policy.config.precondition + policy.learned_variance)
+    every = (*constants, hidden, *(() if scale is None else (scale,)))
+    return fitting and layers[-1][0].shape[0] == outputs and policy.is_plain(states) and fits(every, weight, layers)
 
 
 class NativeSteps:
@@ -84,7 +100,8 @@ class NativeSteps:
         self._network = parameters.network(rows, 1, dim, dim, _width(embedding))
         self._factors = parameters.packed(built, self._network)
         self._head = _head(policy)
-        kernels = torch.tensor([[*step[:_KERNELS], more] for step, more in zip(steps, extra, strict=True)])
+        rows_of_steps = [[*step[:_KERNELS], more] for step, more in zip(steps, extra, strict=True)]
+        kernels = torch.tensor(rows_of_steps, dtype=path.dtype, device=path.device)
         self._steps = torch.cat([_units(embedding, len(kernels)), kernels], 1)
         self._hidden = embedding.hidden.detach().contiguous()
         self._scale = None if embedding.langevin_scale is None else embedding.langevin_scale.detach().contiguous()
@@ -96,22 +113,28 @@ class NativeSteps:
         if score is not None:
             score = score.to(x).expand_as(x).contiguous()
         to = torch.empty_like(x)
-        check_memory(
-            self._step(
-                ctypes.byref(self._network),
-                ctypes.byref(self._head),
-                _row(self._steps, n),
-                x.data_ptr(),
-                place(score),
-                None if self._scale is None else _row(self._scale, n),
-                noise.data_ptr(),
-                _row(self._hidden, n),
-                self._factors.data_ptr(),
-                to.data_ptr(),
-                path.data_ptr() + path.element_size() * (n + 1) * path.stride(1),
-                path.stride(0),
+
+        def part(begin: int, end: int) -> None:
+            check_memory(
+                self._step(
+                    ctypes.byref(self._network),
+                    ctypes.byref(self._head),
+                    begin,
+                    end,
+                    _row(self._steps, n),
+                    x.data_ptr(),
+                    place(score),
+                    None if self._scale is None else _row(self._scale, n),
+                    noise.data_ptr(),
+                    _row(self._hidden, n),
+                    self._factors.data_ptr(),
+                    to.data_ptr(),
+                    path.data_ptr() + path.element_size() * (n + 1) * path.stride(1),
+                    path.stride(0),
+                )
             )
-        )
+
+        in_parts(len(x), part)
         return to
 
 
@@ -121,7 +144,8 @@ def native_energies(
     """Energies (`step_energy`) of the steps between states [B, L+1, D], and the squares of those back, both [B, L].
 
     What is squared on the way back is x_n - back x_{n+1}. Embedding and kernels are of one grid, or of each row.
-    Gradients of the energies flow to the policy and to the embedding. The policy `is_native` at states[:, :-1].
+    Gradients of the energies flow to the policy and to the embedding. The policy `is_native` at states[:, :-1] and
+    these kernels.
     """
     constants = [_units(embedding, kernels.keep.numel()).view(*kernels.keep.shape, 2)]
     steps = torch.cat([*constants, torch.stack([*kernels[:_KERNELS], torch.zeros_like(kernels.keep)], -1)], -1)
@@ -192,7 +216,7 @@ class _Energies:
         """The energies' gradient by the score's factors, like `scale`, each energy's times its number in `factors`."""
 
         def part(begin: int, end: int) -> Tensor:
-            by = torch.zeros(scale.shape, dtype=torch.float64)
+            by = torch.zeros(scale.shape, dtype=torch.float64, device=scale.device)
             rows.built.by_scale(
                 ctypes.byref(rows.network),
                 ctypes.byref(self.head),
@@ -231,14 +255,15 @@ class _NativeEnergies(torch.autograd.Function):
         by_outputs = hidden.new_empty(rows, len(parameters[-1]))
         energy, back = call.forward(hidden, scale, parameters, kept, by_outputs)
         ctx.call = call
-        ctx.save_for_backward(kept, by_outputs, scale, hidden, *parameters)
+        # States and scores are read again on the way back: saved, as torch notices then what was written to them since.
+        ctx.save_for_backward(kept, by_outputs, call.states, call.scores, scale, hidden, *parameters)
         ctx.mark_non_differentiable(back)
         return energy, back
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        kept, by_outputs, scale, *inputs = ctx.saved_tensors
+        kept, by_outputs, _states, _scores, scale, *inputs = ctx.saved_tensors
         call: _Energies = ctx.call
         by_scale: Tensor | None = None
         if torch._C._functorch.is_legacy_batchedtensor(gradient):
@@ -279,7 +304,7 @@ def _units(embedding: TimeEmbedding, steps: int) -> Tensor:
     """Reach and rate of every step, [steps, 2]; ones where there are none."""
     units = embedding.units
     if units is None:
-        return torch.ones(steps, 2)
+        return torch.ones(steps, 2, dtype=embedding.hidden.dtype, device=embedding.hidden.device)
     return torch.cat([units.reach.reshape(-1, 1), units.drift.reshape(-1, 1)], 1)
 
 

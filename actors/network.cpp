@@ -219,7 +219,7 @@ float* evaluate(const Network& network, int64_t start, int64_t n, const float* x
 extern "C" {
 
 // Raised whenever what is called or how parameters are laid out changes.
-int32_t network_version() { return 5; }
+int32_t network_version() { return 6; }
 
 int32_t network_lanes() { return LANES; }
 
@@ -556,6 +556,7 @@ int32_t policy_energy(const Network* shape, const Head* how, int64_t begin, int6
 // times its number in `factors` [rows].
 void policy_by_scale(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
                      const float* scores, const float* by_outputs, const float* factors, double* by_scale) {
+    if (begin >= end) return;
     const int64_t dim = shape->inputs, scales = how->scales;
     Place place(*shape, begin);
     for (int64_t row = begin; row < end; row++, place.next(*shape)) {
@@ -570,15 +571,15 @@ void policy_by_scale(const Network* shape, const Head* how, int64_t begin, int64
     }
 }
 
-// One step of every row: keep x + gain u + sqrt(variance e^v + extra) noise, to `to` [rows, inputs] and to the places
+// One step of every row from `begin` to before `end`: keep x + gain u + sqrt(variance e^v + extra) noise, to `to` [rows, inputs] and to the places
 // that are `stride` apart from `path` on; noise is [rows, inputs], and `steps`, `scale` and `embedding` are of this step
 // alone. Returns as the network.
-int32_t policy_step(const Network* shape, const Head* how, const Step* steps, const float* x, const float* scores,
-                    const float* scale, const float* noise, const float* embedding, const float* factors, float* to,
-                    float* path, int64_t stride) {
+int32_t policy_step(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
+                    const float* x, const float* scores, const float* scale, const float* noise,
+                    const float* embedding, const float* factors, float* to, float* path, int64_t stride) {
     const Rows rows{*shape, *how, steps, x, nullptr, scores, scale};
     const Head head = *how;
-    return !in_chunks(rows, 0, shape->rows, embedding, factors, nullptr, [&](const Chunk& chunk, int64_t start, int64_t n) {
+    return !in_chunks(rows, begin, end, embedding, factors, nullptr, [&](const Chunk& chunk, int64_t start, int64_t n) {
         const int64_t dim = chunk.dim, size = n * dim * sizeof(float);
         memcpy(chunk[NEXT], noise + start * dim, size);
         for (int64_t i = 0; i < n * dim; i += LANES) {

@@ -68,9 +68,9 @@ def roll_forward(
     states = times.new_empty(batch_size, sampling_steps + 1, dim)
     scores = times.new_empty(batch_size, sampling_steps, dim) if policy.langevin else None
     score = None
-    noise = start.new_empty(batch_size, dim)
-    x = start
-    states[:, 0] = x
+    noise = states.new_empty(batch_size, dim)
+    states[:, 0] = start
+    x = states[:, 0].contiguous()
     advance = _steps(policy, process, times, states, exploration_std**2, drift_scale, noise_scale)
     for n in range(sampling_steps):
         if scores is not None:
@@ -167,7 +167,7 @@ def score_trajectories(
         times, kernels = times[index], Kernels(*(part[index[:, :-1]] for part in kernels))
         forward = forward[index[:, :-1]]
         backward = None if backward is None else backward[index[:, 1:] - 1]
-    if is_native(policy, states[:, :-1], forward, scores):
+    if is_native(policy, states[:, :-1], forward, scores, kernels):
         energy, squares = native_energies(policy, states, forward, kernels, scores)
         log_pf = process.log_pf_of(energy, states, times, kernels)
         if backward is None:

@@ -138,7 +138,7 @@ def drain(socket: Any, copy: bool = False) -> Iterator[list[Any]]:
 
 
 def send_now(socket: Any, frames: list[Any]) -> bool:
-    """Send without waiting (and without a copy); False where no connection takes the message now."""
+    """Send without waiting, large frames without a copy; False where no connection takes the message now."""
     try:
         socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
     except zmq.Again:

@@ -21,7 +21,7 @@ from driftstream.envs.errors import require
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.05
-"""After so long without a call a thread of the server's serves the senders."""
+"""After so long without being served by a call the senders are served by a thread of the server's."""
 _RECENT_S = 0.005  # what nobody waits for may wait as long to be received
 _LOOK_S = 0.5
 """How often it is looked which senders are gone."""
@@ -111,7 +111,7 @@ class StreamServer:
                     return None
 
     def take_terminals(self) -> list[Message]:
-        """All batches of terminal states that have arrived, oldest first; `release` each once stored."""
+        """All batches of terminal states received (shortly) before, oldest first; `release` each once stored."""
         if time.monotonic() - self._served_at >= _RECENT_S:
             self._serve()
         with self._lock:

@@ -51,7 +51,8 @@ class OptimConfig:
 class FlatParameters:
     """Parameters whose values lie in one tensor, `values [N]`, so that what is done to all of them is done once.
 
-    The parameters become views of it. A module's tensors must be taken, and its device be chosen, after that.
+    The parameters become views of it: what holds a module's tensors must take them after that, and the module stay on
+    its device and in its dtype.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -71,7 +72,12 @@ class FlatParameters:
         return torch.cat([(torch.zeros_like(like) if part is None else part).flatten() for part, like in pairs])
 
     def take_gradients(self) -> None:
-        """Move the parameters' gradients to `values`, which gets none where no parameter has one."""
+        """Move the parameters' gradients to `values`: zeros of one that has none, but none where no parameter has one.
+
+        Raises RuntimeError where the parameters are views of `values` no more.
+        """
+        if self.parameters[0].data_ptr() != self.values.data_ptr():
+            raise RuntimeError("the optimiser's parameters were moved or replaced: make another optimiser for them")
         gradients = [parameter.grad for parameter in self.parameters]
         self.values.grad = None if all(gradient is None for gradient in gradients) else self.join(gradients)
         for parameter in self.parameters:
@@ -120,6 +126,9 @@ class Optimizer:
             for group in self.adam.param_groups:
                 group["lr"] = group["base_lr"] * self.config.rate_at(progress)
             self.adam.step()
+            for flat in self._flat:
+                # Views have versions of their own, by which torch notices a graph that is older than its parameters.
+                torch.autograd.graph.increment_version(flat.parameters)
         return norm
 
     @property
@@ -133,13 +142,17 @@ class Optimizer:
         first = 0
         for flat in self._flat:
             for key, value in self.adam.state.get(flat.values, {}).items():
-                parts = flat.split(value) if value.shape == flat.values.shape else [value] * len(flat.parameters)
+                parts = (
+                    flat.split(value) if value.shape == flat.values.shape else [value.clone() for _ in flat.parameters]
+                )
                 found |= {f"{first + index}.{key}": part for index, part in enumerate(parts)}
             first += len(flat.parameters)
         return found
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave, wherever the tensors are."""
+        device = self._flat[0].values.device
+        tensors = {name: value.to(device) for name, value in tensors.items()}
         state: dict[int, dict[str, Tensor]] = {}
         first = 0
         for group, flat in enumerate(self._flat):

@@ -170,10 +170,10 @@ class StreamSource:
     def discard(self) -> None:
         # A broken sender is no reason for a run to fail at its very end.
         with contextlib.suppress(StreamError):
-            for refined in self._server.take_terminals():
-                self._accept(refined)
             while (batch := self._server.take(0.0)) is not None:
                 self._accept(batch)
+            for refined in self._server.take_terminals():  # those that were received on the way, too
+                self._accept(refined)
 
     def metrics(self) -> dict[str, float]:
         counters = self._server.counters()

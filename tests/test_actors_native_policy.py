@@ -128,7 +128,8 @@ def test_densities_and_gradients_are_those_of_torch(
 ) -> None:
     policy, states, times = make_policy(dim, **options), make_states(dim), random_grid(STEPS)
     scores = -states[:, :-1] if policy.langevin else None
-    assert is_native(policy, states[:, :-1], policy.embed_times(times[:-1], process), scores)
+    kernels = process.kernels_like(times, states)
+    assert is_native(policy, states[:, :-1], policy.embed_times(times[:-1], process), scores, kernels)
     assert_as_exact_as_torch(policy, process, states, times, scores)
 
 
@@ -217,24 +218,32 @@ def test_gradients_may_be_batched(build: Library, options: dict[str, Any]) -> No
 def test_what_torch_alone_can_do_is_left_to_it(build: Library) -> None:
     policy, process, times, states = make_policy(2, langevin=True), PROCESSES[0], random_grid(STEPS), make_states(2)
     at, embedding = states[:, :-1], policy.embed_times(times[:-1], process)
-    assert is_native(policy, at, embedding, at)
-    assert not is_native(policy, at, embedding, None)
-    assert not is_native(policy, at, embedding, at[:, :2])
-    assert not is_native(policy, at[..., :1], embedding, at[..., :1])
-    assert not is_native(policy, at.double(), embedding, at.double())
+    kernels = process.kernels_like(times, states)
+    assert is_native(policy, at, embedding, at, kernels)
+    assert is_native(policy, at[:, 0], embedding, at[:, 0])
+    assert not is_native(policy, at, embedding, None, kernels)
+    assert not is_native(policy, at, embedding, at[:, :2], kernels)
+    assert not is_native(policy, at[..., :1], embedding, at[..., :1], kernels)
+    assert not is_native(policy, at[:, :1], embedding, at[:, :1], kernels)
+    assert not is_native(policy, at, embedding[:1], at, process.kernels_like(times[:2], states))
+    assert not is_native(policy, at, embedding, at, process.kernels_like(times[:-1], states))
+    assert not is_native(policy, at.double(), embedding, at.double(), kernels)
     followed = at.clone().requires_grad_()
-    assert not is_native(policy, followed, embedding, at)
-    assert not is_native(policy, at, embedding, followed)
+    assert not is_native(policy, followed, embedding, at, kernels)
+    assert not is_native(policy, at, embedding, followed, kernels)
+    assert not is_native(policy, at, embedding, at, process.kernels_like(times.clone().requires_grad_(), states))
     with torch.no_grad():
-        assert is_native(policy, followed, embedding, followed)
+        assert is_native(policy, followed, embedding, followed, kernels)
     hook = policy.forward_net.joint_net[0].register_forward_hook(lambda *_: None)
-    assert not is_native(policy, at, embedding, at)
+    assert not is_native(policy, at, embedding, at, kernels)
     hook.remove()
 
     class Other(DiffusionPolicy):
         pass
 
-    assert not is_native(Other(2, policy.config), at, embedding, at)
+    assert not is_native(Other(2, policy.config), at, embedding, at, kernels)
+    policy.forward_net.joint_net[-1] = torch.nn.Linear(16, 4)
+    assert not is_native(policy, at, embedding, at, kernels)
 
 
 def test_scores_of_another_type_are_converted(build: Library) -> None:
@@ -246,3 +255,58 @@ def test_scores_of_another_type_are_converted(build: Library) -> None:
     target.score = lambda x: score(x.double())  # type: ignore[method-assign]
     found, _ = roll_forward(policy, process, target, start, times, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(found, expected)
+
+
+def test_no_rows_have_no_gradient(build: Library) -> None:
+    policy, process, times = make_policy(2, **OPTIONS["all"]), PROCESSES[0], random_grid(STEPS)
+    states, index = torch.zeros(0, 3, 2), torch.zeros(0, 3, dtype=torch.int64)
+    for arguments in ((states, times[:3], states[:, :-1], None), (states, times, states[:, :-1], index)):
+        log_pf, _ = score_trajectories(policy, process, *arguments)
+        log_pf.sum().backward()
+    assert not any(bool(p.grad.any()) for p in policy.parameters() if p.grad is not None)
+
+
+def test_the_default_type_plays_no_part(build: Library) -> None:
+    policy, process, times, states = make_policy(2, langevin=True), PROCESSES[0], random_grid(STEPS), make_states(2)
+
+    def everything() -> list[Tensor]:
+        found = scored(policy, process, states, times, -states[:, :-1])
+        drawn = roll_forward(policy, process, Bowl(2), states[:, 0], times, generator=torch.Generator().manual_seed(0))
+        return [*found[0], *found[1], drawn[0]]
+
+    expected = everything()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert error(one, other) < 1e-6
+
+
+def test_a_start_of_another_type_is_converted(build: Library) -> None:
+    policy, process, times, start = make_policy(2), PROCESSES[0], random_grid(STEPS), torch.ones(4, 2)
+    states = [
+        roll_forward(policy, process, Bowl(2), each, times, generator=torch.Generator().manual_seed(0))[0]
+        for each in (start, start.double(), start.half())
+    ]
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
+
+
+def test_states_that_were_written_to_are_noticed(build: Library) -> None:
+    policy, process, times, states = make_policy(2), PROCESSES[0], random_grid(STEPS), make_states(2)
+    log_pf, _ = score_trajectories(policy, process, states, times)
+    states.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_pf.sum().backward()
+
+
+def test_threads_share_the_rows_of_a_step(build: Library, two_threads: None) -> None:
+    policy, process, times = make_policy(3, **OPTIONS["all"]), PROCESSES[0], random_grid(STEPS)
+    start = torch.randn(2 * native.PART_ROWS + 5, 3)
+    one = roll_forward(policy, process, Bowl(3), start, times, generator=torch.Generator().manual_seed(0))[0]
+    torch.set_num_threads(1)
+    other = roll_forward(policy, process, Bowl(3), start, times, generator=torch.Generator().manual_seed(0))[0]
+    assert torch.equal(one, other)

@@ -106,3 +106,26 @@ def test_the_average_warms_up_and_then_forgets_slowly() -> None:
 def test_a_bad_value_is_named(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"optim.{field}"):
         OptimConfig(**{field: value})
+
+
+def test_parameters_that_were_moved_are_noticed() -> None:
+    policy, log_z, optimizer = make_parts()
+    policy.double().float()
+    with pytest.raises(RuntimeError, match="moved or replaced"):
+        optimizer.step(make_loss(policy, log_z), 0.0)
+
+
+def test_a_graph_older_than_its_parameters_is_noticed() -> None:
+    policy, log_z, optimizer = make_parts()
+    loss = make_loss(policy, log_z)
+    optimizer.step(make_loss(policy, log_z), 0.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_every_parameter_has_a_count_of_its_own() -> None:
+    policy, log_z, optimizer = make_parts()
+    optimizer.step(make_loss(policy, log_z), 0.0)
+    state = optimizer.state_dict()
+    steps = [value for name, value in state.items() if name.endswith(".step")]
+    assert len({value.data_ptr() for value in steps}) == len(steps) > 1
