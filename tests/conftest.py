@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -17,6 +18,9 @@ import pytest
 import torch
 from wandb.proto import wandb_internal_pb2
 
+from driftstream.actors import native
+from driftstream.actors.native import BUILDS, Library
+
 GOLDEN = Path(__file__).parent / "golden"
 DRIFTSTREAM = str(Path(sys.executable).with_name("driftstream"))
 SMALL = [
@@ -31,6 +35,28 @@ SMALL = [
 def _one_thread() -> None:
     # The suite shares its cores with the role processes that it starts.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=BUILDS)
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """That build of the native code is used. An install without a C++ compiler has none."""
+    if request.param == "network_avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip(f"{request.param}: not for this processor")
+    try:
+        built = Library(request.param)
+    except OSError:
+        assert not any(map(shutil.which, ("c++", "g++", "clang++"))), f"{request.param} was not built"
+        pytest.skip(f"{request.param}: there is no C++ compiler")
+    monkeypatch.setattr(native, "library", lambda: built)
+    return built
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,10 +3,9 @@
 import ctypes
 import math
 import platform
-import shutil
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,33 +31,6 @@ SIZES = [  # leading dimensions, those of the embedding, inputs, hidden, layers,
 every_size = pytest.mark.parametrize("size", SIZES, ids=str)
 Size = tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]
 Leaves = tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
-
-
-def runs(name: str) -> bool:
-    """Whether this processor has the vectors of that build."""
-    return name != "network_avx2" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
-@pytest.fixture(params=BUILDS)
-def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """That build is used. An install without a C++ compiler has none."""
-    if not runs(request.param):
-        pytest.skip(f"{request.param}: not for this processor")
-    try:
-        built = Library(request.param)
-    except OSError:
-        assert not any(map(shutil.which, ("c++", "g++", "clang++"))), f"{request.param} was not built"
-        pytest.skip(f"{request.param}: there is no C++ compiler")
-    monkeypatch.setattr(native, "library", lambda: built)
-    return built
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_leaves(size: Size, seed: int = 0) -> Leaves:

@@ -3,8 +3,6 @@
 import copy
 import itertools
 import math
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from driftstream.actors import native, rollout
-from driftstream.actors.native import BUILDS, Library
+from driftstream.actors.native import Library
 from driftstream.actors.native_policy import is_native
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
 from driftstream.actors.rollout import roll_forward, score_trajectories
@@ -42,28 +40,6 @@ class Bowl(Target):
 
     def log_reward(self, x: Tensor) -> Tensor:
         return -0.5 * (x - 1.0).square().sum(-1)
-
-
-@pytest.fixture(params=BUILDS)
-def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """That build is used. An install without a C++ compiler has none."""
-    if request.param == "network_avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip(f"{request.param}: not for this processor")
-    try:
-        built = Library(request.param)
-    except OSError:
-        assert not any(map(shutil.which, ("c++", "g++", "clang++"))), f"{request.param} was not built"
-        pytest.skip(f"{request.param}: there is no C++ compiler")
-    monkeypatch.setattr(native, "library", lambda: built)
-    return built
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_policy(dim: int, **options: Any) -> DiffusionPolicy:
