@@ -153,6 +153,33 @@ def network_of(x: Tensor, embedding: Tensor, weight: Tensor, layers: Sequence[La
     return value
 
 
+def pairs(parameters: Sequence[Tensor]) -> list[Layer]:
+    """Weight and bias of every layer, from one after the other."""
+    return list(zip(parameters[::2], parameters[1::2], strict=True))
+
+
+def needs_torch(gradient: Tensor) -> bool:
+    """Whether a way back is differentiated itself, or `gradient` is several at once: native code does neither."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def gradients_by_torch(
+    call: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients by the inputs that need one, from `gradient`, that by `call(*inputs)` on torch's operations.
+
+    They are differentiable where gradients are enabled.
+    """
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, at which the way back ends even where one of them depends on another.
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        out = call(*views)
+    wanted = [tensor for tensor, needs in zip(views, needed, strict=True) if tensor is not None and needs]
+    found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=differentiated))
+    return tuple(next(found) if needs else None for needs in needed)
+
+
 def native_network(x: Tensor, embedding: Tensor, weight: Tensor, layers: Sequence[Layer]) -> Tensor:
     """`fused.joint_network` of what `fits`, where embedding and states are as `is_per_step` says."""
     parameters = [parameter for layer in layers for parameter in layer]
@@ -264,16 +291,12 @@ class _NativeNetwork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kept, *inputs = ctx.saved_tensors
-        differentiated = torch.is_grad_enabled()
-        if differentiated or torch._C._functorch.is_legacy_batchedtensor(gradient):
-            with torch.enable_grad():
-                # Views, at which the way back ends even where one of them depends on another.
-                inputs = [tensor.view_as(tensor) for tensor in inputs]
-                x, embedding, weight, *parameters = inputs
-                out = network_of(x, embedding, weight, list(zip(parameters[::2], parameters[1::2], strict=True)))
-            wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-            found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=differentiated))
-            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        if needs_torch(gradient):
+
+            def call(x: Tensor, embedding: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+                return network_of(x, embedding, weight, pairs(parameters))
+
+            return gradients_by_torch(call, inputs, ctx.needs_input_grad, gradient)
         x, embedding, weight, *parameters = inputs
         rows = NativeRows(x, embedding, (weight, *parameters))
         by_x, by_embedding, by_parameters = rows.backward(gradient, kept, ctx.needs_input_grad[0])
@@ -308,6 +331,7 @@ class NativeStepNetwork:
 
 
 def built_library() -> Library:
+    """`library` where it is known to be there; RuntimeError otherwise."""
     built = library()
     if built is None:
         raise RuntimeError("there is no native network: ask `fits` first")
@@ -315,10 +339,12 @@ def built_library() -> Library:
 
 
 def place(tensor: Tensor | None) -> int | None:
+    """Where a tensor's values stand, for native code; the tensor must stay until that has returned."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def check_memory(status: int) -> None:
+    """MemoryError for the status of a native function that got no memory."""
     if status:
         raise MemoryError("native network: no memory for its blocks")
 
@@ -353,10 +379,13 @@ __all__ = [
     "check_memory",
     "describe",
     "fits",
+    "gradients_by_torch",
     "in_parts",
     "is_per_step",
     "library",
     "native_network",
+    "needs_torch",
     "network_of",
+    "pairs",
     "place",
 ]

@@ -18,9 +18,12 @@ from driftstream.actors.native import (
     built_library,
     check_memory,
     fits,
+    gradients_by_torch,
     in_parts,
     is_per_step,
+    needs_torch,
     network_of,
+    pairs,
     place,
 )
 from driftstream.actors.policy import DiffusionPolicy, TimeEmbedding
@@ -232,12 +235,10 @@ class _Energies:
 
         return torch.stack(in_parts(rows.network.rows, part)).sum(0).to(scale.dtype)
 
-    def of_torch(self, hidden: Tensor, scale: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
+    def of_torch(self, hidden: Tensor, scale: Tensor | None, weight: Tensor, *parameters: Tensor) -> Tensor:
         """The energies [B, L] by torch's operations."""
         x, embedding = self.states[:, :-1], TimeEmbedding(hidden, scale, self.units)
-        weight, *rest = parameters
-        layers = list(zip(rest[::2], rest[1::2], strict=True))
-        out = network_of(self.policy.inputs(x, embedding), hidden, weight, layers)
+        out = network_of(self.policy.inputs(x, embedding), hidden, weight, pairs(parameters))
         drift, log_var = self.policy.drift(x, out, embedding, self.scores)
         keep, gain, variance = self.steps[..., 2:5].unbind(-1)
         return step_energy(self.states[:, 1:] - keep.unsqueeze(-1) * x, drift, gain, variance, log_var)
@@ -264,18 +265,10 @@ class _NativeEnergies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         kept, by_outputs, _states, _scores, scale, *inputs = ctx.saved_tensors
-        call: _Energies = ctx.call
+        call, needed = ctx.call, ctx.needs_input_grad[1:]
         by_scale: Tensor | None = None
-        if torch._C._functorch.is_legacy_batchedtensor(gradient):
-            with torch.enable_grad():
-                scale = None if scale is None else scale.detach().requires_grad_()
-                hidden, *parameters = (tensor.detach().requires_grad_() for tensor in inputs)
-                energy = call.of_torch(hidden, scale, parameters)
-            wanted = [hidden, *parameters, *([] if scale is None else [scale])]
-            by_hidden, *others = torch.autograd.grad(energy, wanted, gradient)
-            if scale is not None:
-                by_scale = others.pop()
-            return None, by_hidden, by_scale, *others
+        if needs_torch(gradient):
+            return None, *gradients_by_torch(call.of_torch, [inputs[0], scale, *inputs[1:]], needed, gradient)
         hidden, *parameters = inputs
         rows, factors = call.rows(hidden, parameters), gradient.contiguous()
         by_hidden, others = rows.backward(by_outputs, kept, by_states=False, factors=factors)[1:]

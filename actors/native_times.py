@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
 
 from driftstream.actors.native import (
     GradientLayout,
@@ -17,6 +16,10 @@ from driftstream.actors.native import (
     built_library,
     check_memory,
     fits,
+    gradients_by_torch,
+    needs_torch,
+    network_of,
+    pairs,
     place,
 )
 
@@ -47,10 +50,8 @@ def time_network(t: Tensor, frequencies: Tensor, phases: Tensor, layers: list[La
 
 def _of_torch(t: Tensor, frequencies: Tensor, phases: Tensor, layers: list[Layer]) -> Tensor:
     angles = t.unsqueeze(-1) * frequencies + phases
-    value = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    for index, (weight, bias) in enumerate(layers):
-        value = linear(gelu(value) if index else value, weight, bias)
-    return value
+    (weight, bias), *rest = layers
+    return network_of(torch.cat([angles.sin(), angles.cos()], dim=-1), bias, weight, rest)
 
 
 class _Times:
@@ -107,18 +108,12 @@ class _NativeTimes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kept, t, frequencies, *inputs = ctx.saved_tensors
-        differentiated = torch.is_grad_enabled()
-        if differentiated or torch._C._functorch.is_legacy_batchedtensor(gradient):
-            with torch.enable_grad():
-                # Views, at which the way back ends even where one of them depends on another.
-                inputs = [tensor.view_as(tensor) for tensor in inputs]
-                phases, bias, weight, *rest = inputs
-                layers = [(weight, bias), *zip(rest[::2], rest[1::2], strict=True)]
-                out = _of_torch(t, frequencies, phases, layers)
-            needed = ctx.needs_input_grad[2:]
-            wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs]
-            found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=differentiated))
-            return None, None, *(next(found) if needs else None for needs in needed)
+        if needs_torch(gradient):
+
+            def call(phases: Tensor, bias: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+                return _of_torch(t, frequencies, phases, [(weight, bias), *pairs(rest)])
+
+            return None, None, *gradients_by_torch(call, inputs, ctx.needs_input_grad[2:], gradient)
         return None, None, *ctx.call.backward(gradient, kept)
 
 
