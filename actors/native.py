@@ -24,7 +24,7 @@ Layer = tuple[Tensor, Tensor]
 SWITCH = "DRIFTSTREAM_NATIVE"
 BUILDS = ("network_avx2", "network_generic")
 """Extensions that are built from network.cpp, each where the compiler knows how."""
-VERSION = 6
+VERSION = 7
 """`network_version` of network.cpp; a build of another one is not used."""
 PART_ROWS = 1024
 """Threads get at least so many rows each: what a part takes is then twenty times what handing it over takes."""
@@ -70,6 +70,8 @@ class Library:
         self.energy.argtypes = [pointer, pointer, integer, integer, *[pointer] * 11]
         self.by_scale = library.policy_by_scale
         self.by_scale.argtypes, self.by_scale.restype = [pointer, pointer, integer, integer, *[pointer] * 5], None
+        self.balance = library.policy_balance
+        self.balance.argtypes = [pointer, pointer, integer, integer, *[pointer] * 9, ctypes.c_float, *[pointer] * 4]
         self.step = library.policy_step
         self.step.argtypes = [pointer, pointer, integer, integer, *[pointer] * 9, integer]
 
@@ -349,12 +351,15 @@ def check_memory(status: int) -> None:
         raise MemoryError("native network: no memory for its blocks")
 
 
-def in_parts(rows: int, call: Callable[[int, int], T]) -> list[T]:
-    """What `call(begin, end)` gives for parts of the rows, in order, one a thread of torch's."""
-    threads = min(torch.get_num_threads(), rows // PART_ROWS)
+def in_parts(rows: int, call: Callable[[int, int], T], group: int = 1) -> list[T]:
+    """What `call(begin, end)` gives for parts of the rows, in order, one a thread of torch's.
+
+    Where so many rows are a `group` that is not to be divided, parts begin and end at numbers of groups.
+    """
+    threads = min(torch.get_num_threads(), rows // PART_ROWS, rows // group)
     if threads <= 1:
-        return [call(0, rows)]
-    bounds = [rows * i // threads for i in range(threads + 1)]
+        return [call(0, rows // group)]
+    bounds = [rows // group * i // threads for i in range(threads + 1)]
     return list(_pool(threads).map(call, bounds[:-1], bounds[1:]))
 
 

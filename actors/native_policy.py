@@ -31,9 +31,6 @@ from driftstream.actors.preconditioning import REACH
 from driftstream.envs.densities import step_energy
 from driftstream.envs.processes import Kernels, Step
 
-_KERNELS = 4
-"""Of a step's kernels native code needs those before the last, the variance of the way back."""
-
 
 class _Head(ctypes.Structure):
     """`Head` of network.cpp."""
@@ -98,12 +95,12 @@ class NativeSteps:
         path: Tensor,
     ) -> None:
         built, (rows, _, dim) = built_library(), path.shape
-        parameters = NativeParameters(_parameters(policy))
+        parameters = NativeParameters(policy_parameters(policy))
         self._step = built.step
         self._network = parameters.network(rows, 1, dim, dim, _width(embedding))
         self._factors = parameters.packed(built, self._network)
         self._head = _head(policy)
-        rows_of_steps = [[*step[:_KERNELS], more] for step, more in zip(steps, extra, strict=True)]
+        rows_of_steps = [[*step, more] for step, more in zip(steps, extra, strict=True)]
         kernels = torch.tensor(rows_of_steps, dtype=path.dtype, device=path.device)
         self._steps = torch.cat([_units(embedding, len(kernels)), kernels], 1)
         self._hidden = embedding.hidden.detach().contiguous()
@@ -150,31 +147,42 @@ def native_energies(
     Gradients of the energies flow to the policy and to the embedding. The policy `is_native` at states[:, :-1] and
     these kernels.
     """
-    constants = [_units(embedding, kernels.keep.numel()).view(*kernels.keep.shape, 2)]
-    steps = torch.cat([*constants, torch.stack([*kernels[:_KERNELS], torch.zeros_like(kernels.keep)], -1)], -1)
-    scores = None if scores is None or not policy.langevin else scores.contiguous()
-    call = _Energies(policy, states, embedding, steps, scores)
+    given = GivenSteps(policy, states, embedding, kernels, scores)
     if not torch.is_grad_enabled():
-        energy, back = call.forward(embedding.hidden, embedding.langevin_scale, _parameters(policy))
+        energy, back = given.energies(embedding.hidden, embedding.langevin_scale, policy_parameters(policy))
         return energy, back
-    energy, back = _NativeEnergies.apply(call, embedding.hidden, embedding.langevin_scale, *_parameters(policy))
+    inputs = embedding.hidden, embedding.langevin_scale, *policy_parameters(policy)
+    energy, back = _NativeEnergies.apply(given, *inputs)
     return energy, back
 
 
-class _Energies:
-    """`native_energies` of given states; the parameters come separately, as torch wants to know them."""
+class GivenSteps:
+    """The steps of `native_energies`; the parameters come separately, as torch wants to know them."""
 
     def __init__(
-        self, policy: DiffusionPolicy, states: Tensor, embedding: TimeEmbedding, steps: Tensor, scores: Tensor | None
+        self,
+        policy: DiffusionPolicy,
+        states: Tensor,
+        embedding: TimeEmbedding,
+        kernels: Kernels,
+        scores: Tensor | None,
     ) -> None:
-        self.policy, self.states, self.units, self.steps, self.scores = policy, states, embedding.units, steps, scores
+        self.policy, self.states, self.units = policy, states, embedding.units
+        self.scores = None if scores is None or not policy.langevin else scores.contiguous()
+        units = _units(embedding, kernels.keep.numel()).view(*kernels.keep.shape, 2)
+        self.steps = torch.cat([units, torch.stack([*kernels, torch.zeros_like(kernels.keep)], -1)], -1)
         self.width = _width(embedding)
         self.head = _head(policy)
 
     def rows(self, hidden: Tensor, parameters: Sequence[Tensor]) -> NativeRows:
         return NativeRows(self.states[:, :-1], hidden, parameters, self.width)
 
-    def forward(
+    def following(self, rows: NativeRows) -> Tensor:
+        """The states after the steps, as those before them stand."""
+        following = self.states[:, 1:]
+        return following if rows.x.data_ptr() == self.states.data_ptr() else following.contiguous()
+
+    def energies(
         self,
         hidden: Tensor,
         scale: Tensor | None,
@@ -185,9 +193,7 @@ class _Energies:
         """Energies and squares [B, L]; what the way back needs is written to the last two, if given."""
         rows = self.rows(hidden, parameters)
         hidden, scale = hidden.contiguous(), None if scale is None else scale.contiguous()
-        following = self.states[:, 1:]
-        if rows.x.data_ptr() != self.states.data_ptr():
-            following = following.contiguous()
+        following = self.following(rows)
         factors = rows.parameters.packed(rows.built, rows.network)
         energy, back = self.states.new_empty(2, *self.states[:, 1:, 0].shape)
 
@@ -249,15 +255,15 @@ class _NativeEnergies(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Energies, hidden: Tensor, scale: Tensor | None, *parameters: Tensor
+        ctx: Any, given: GivenSteps, hidden: Tensor, scale: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        rows = call.states[:, 1:, 0].numel()
+        rows = given.states[:, 1:, 0].numel()
         kept = hidden.new_empty(len(parameters) // 2, rows, hidden.shape[-1])
         by_outputs = hidden.new_empty(rows, len(parameters[-1]))
-        energy, back = call.forward(hidden, scale, parameters, kept, by_outputs)
-        ctx.call = call
+        energy, back = given.energies(hidden, scale, parameters, kept, by_outputs)
+        ctx.given = given
         # States and scores are read again on the way back: saved, as torch notices then what was written to them since.
-        ctx.save_for_backward(kept, by_outputs, call.states, call.scores, scale, hidden, *parameters)
+        ctx.save_for_backward(kept, by_outputs, given.states, given.scores, scale, hidden, *parameters)
         ctx.mark_non_differentiable(back)
         return energy, back
 
@@ -265,19 +271,20 @@ class _NativeEnergies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         kept, by_outputs, _states, _scores, scale, *inputs = ctx.saved_tensors
-        call, needed = ctx.call, ctx.needs_input_grad[1:]
+        given, needed = ctx.given, ctx.needs_input_grad[1:]
         by_scale: Tensor | None = None
         if needs_torch(gradient):
-            return None, *gradients_by_torch(call.of_torch, [inputs[0], scale, *inputs[1:]], needed, gradient)
+            return None, *gradients_by_torch(given.of_torch, [inputs[0], scale, *inputs[1:]], needed, gradient)
         hidden, *parameters = inputs
-        rows, factors = call.rows(hidden, parameters), gradient.contiguous()
+        rows, factors = given.rows(hidden, parameters), gradient.contiguous()
         by_hidden, others = rows.backward(by_outputs, kept, by_states=False, factors=factors)[1:]
         if scale is not None:
-            by_scale = call.by_scale(rows, scale, by_outputs, factors)
+            by_scale = given.by_scale(rows, scale, by_outputs, factors)
         return None, by_hidden.view(hidden.shape), by_scale, *others
 
 
-def _parameters(policy: DiffusionPolicy) -> list[Tensor]:
+def policy_parameters(policy: DiffusionPolicy) -> list[Tensor]:
+    """The parameters of the forward network, as native code takes them."""
     network = policy.forward_net
     return [network.state_net.weight, *(parameter for layer in network.layers for parameter in layer)]
 
@@ -306,4 +313,4 @@ def _row(tensor: Tensor, n: int) -> int:
     return tensor.data_ptr() + n * tensor.stride(0) * tensor.element_size()
 
 
-__all__ = ["NativeSteps", "is_native", "native_energies"]
+__all__ = ["GivenSteps", "NativeSteps", "is_native", "native_energies", "policy_parameters"]

@@ -43,19 +43,28 @@ void pack(int64_t rows, int64_t columns, const float* from, int64_t from_row, in
     }
 }
 
-// GELU of z [rows, columns], to rows as well or to strips, and its slope to rows.
+// GELU of z [rows, columns], to rows as well or to strips (or both), and its slope to rows.
 INLINE void activate(int64_t rows, int64_t columns, const float* z, float* value) {
     int64_t i = 0;
     for (; i + STRIP <= rows * columns; i += STRIP) gelu<2, false>(z + i, value + i, nullptr);
     for (; i < rows * columns; i += LANES) gelu<1, false>(z + i, value + i, nullptr);
 }
 
-INLINE void activate_with_slope(int64_t rows, int64_t columns, const float* z, float* strips, float* slope) {
+template <bool ROWS = false>
+INLINE void activate_with_slope(int64_t rows, int64_t columns, const float* z, float* strips, float* slope,
+                                float* value = nullptr) {
     const int64_t whole = columns / STRIP * STRIP;
-    for (int64_t row = 0; row < rows; row++, z += columns, slope += columns) {
-        for (int64_t first = 0; first < whole; first += STRIP)
-            gelu<2, true>(z + first, strips + rows * first + row * STRIP, slope + first);
-        if (whole < columns) gelu<1, true>(z + whole, strips + rows * whole + row * LANES, slope + whole);
+    for (int64_t row = 0; row < rows; row++, z += columns, slope += columns, value += ROWS ? columns : 0) {
+        for (int64_t first = 0; first < whole; first += STRIP) {
+            float* to = strips + rows * first + row * STRIP;
+            gelu<2, true>(z + first, to, slope + first);
+            if (ROWS) memcpy(value + first, to, STRIP * sizeof(float));
+        }
+        if (whole < columns) {
+            float* to = strips + rows * whole + row * LANES;
+            gelu<1, true>(z + whole, to, slope + whole);
+            if (ROWS) memcpy(value + whole, to, LANES * sizeof(float));
+        }
     }
 }
 
@@ -180,21 +189,39 @@ void gather(const Network& network, Place place, int64_t n, const float* x, floa
             store(states + i, compressed(load(states + i), network.width - Floats{}) * network.width);
 }
 
-// Memory for `evaluate`.
-INLINE int64_t block_size(const Network& network) {
-    return BLOCK_ROWS * (network.inputs + 2 * network.hidden + padded(network.outputs));
+// Memory for `evaluate` with blocks of up to `most` rows.
+INLINE int64_t block_size(const Network& network, int64_t most) {
+    return padded(most) * (network.inputs + 2 * network.hidden + padded(network.outputs));
 }
 
-// The outputs of n rows from `start`, [n, padded outputs] in `block`. What enters each GELU is written to `kept`, unless
-// that is null.
+// What GELU gives at one layer of a block: values [n, hidden] in strips, and slopes [n, hidden].
+struct Activations {
+    const float *strips, *slope;
+};
+
+// Memory for the activations of all layers of a block of up to `most` rows.
+struct Kept {
+    int64_t layer;
+    float* floats;
+
+    static int64_t size(const Network& network, int64_t most) { return 2 * (network.layers + 1) * most * network.hidden; }
+
+    Kept(const Network& network, int64_t most, float* floats) : layer(most * network.hidden), floats(floats) {}
+
+    float* strips(int64_t number) const { return floats + 2 * number * layer; }
+    float* slope(int64_t number) const { return strips(number) + layer; }
+};
+
+// The outputs of n rows from `start`, [n, padded outputs] in `block`, which is for blocks of up to `most`. What enters
+// each GELU is written to `entering`, and what it gives to `kept`, unless they are null.
 float* evaluate(const Network& network, int64_t start, int64_t n, const float* x, const float* embedding,
-                const float* factors, float* kept, float* block) {
+                const float* factors, float* entering, const Kept* kept, int64_t most, float* block) {
     const int64_t inputs = network.inputs, hidden = network.hidden, outputs = padded(network.outputs);
     float* outcome = block;
-    float* value = outcome + BLOCK_ROWS * outputs;
-    float* unkept = value + BLOCK_ROWS * hidden;
-    float* states = unkept + BLOCK_ROWS * hidden;
-    float* z = kept ? kept + start * hidden : unkept;
+    float* value = outcome + padded(most) * outputs;
+    float* passing = value + padded(most) * hidden;
+    float* states = passing + padded(most) * hidden;
+    float* z = entering ? entering + start * hidden : passing;
     Place place(network, start);
     gather(network, place, n, x, states);
     for (int64_t r = 0; r < n; r++, place.next(network))
@@ -202,10 +229,13 @@ float* evaluate(const Network& network, int64_t start, int64_t n, const float* x
     product(n, hidden, inputs, {states, inputs, 1}, factors, {z, hidden}, z, hidden);
     factors += inputs * hidden;
     for (int64_t layer = 0; layer <= network.layers; layer++) {
-        activate(n, hidden, z, value);
+        if (kept)
+            activate_with_slope<true>(n, hidden, z, kept->strips(layer), kept->slope(layer), value);
+        else
+            activate(n, hidden, z, value);
         const bool last = layer == network.layers;
         const int64_t width = last ? outputs : hidden;
-        z = last ? outcome : kept ? z + network.rows * hidden : unkept;
+        z = last ? outcome : entering ? z + network.rows * hidden : passing;
         const float* bias = factors;
         factors += width;
         product(n, width, hidden, {value, hidden, 1}, factors, {bias, 0}, z, width);
@@ -214,12 +244,83 @@ float* evaluate(const Network& network, int64_t start, int64_t n, const float* x
     return outcome;
 }
 
+// The way back through the network, a block of up to `most` rows at a time.
+struct Descent {
+    const Network& network;
+    const int64_t inputs, widest;
+    float *above, *below, *states, *packed, *sums, *weight;
+
+    static int64_t size(const Network& network, int64_t most) {
+        const int64_t inputs = padded(network.inputs), hidden = network.hidden, outputs = network.outputs;
+        const int64_t widest = hidden > outputs ? hidden : outputs;
+        const int64_t weights = hidden * inputs + (network.layers * hidden + outputs) * hidden;
+        return padded(2 * most * (widest + inputs) + widest + weights);
+    }
+
+    Descent(const Network& network, const float* const* parameters, int64_t most, float* memory)
+        : network(network),
+          inputs(padded(network.inputs)),
+          widest(network.hidden > network.outputs ? network.hidden : network.outputs),
+          above(memory),
+          below(above + most * widest),
+          states(below + most * widest),
+          packed(states + most * inputs),
+          sums(packed + most * inputs),
+          weight(sums + widest) {
+        const int64_t hidden = network.hidden;
+        pack(hidden, network.inputs, parameters[0], network.inputs, 1, weight);
+        for (int64_t layer = 0; layer <= network.layers; layer++)
+            pack(layer < network.layers ? hidden : network.outputs, hidden, parameters[2 * layer + 1], hidden, 1,
+                 weight + hidden * inputs + layer * hidden * hidden);
+    }
+
+    // Gradients from that by the outputs of n rows from `start`, [n, outputs] in `above`; see `network_backward`.
+    // `activations(layer)` are the block's, asked for from the last layer to the first.
+    template <typename Source>
+    void block(int64_t start, int64_t n, const float* x, Source activations, float* by_states, float* by_embedding,
+               float* by_parameters) const {
+        const int64_t hidden = network.hidden;
+        float *from = above, *to = below;
+        float* by_bias = by_parameters + hidden * inputs + network.layers * (hidden + hidden * hidden);
+        int64_t width = network.outputs;
+        for (int64_t layer = network.layers; layer >= 0; layer--) {
+            const Activations gelu = activations(layer);
+            add_rows(n, width, from, sums, by_bias);
+            float* by_weight = by_bias + width;
+            product(width, hidden, n, {from, 1, width}, gelu.strips, {by_weight, hidden}, by_weight, hidden);
+            const float* up = weight + hidden * inputs + layer * hidden * hidden;
+            product<true>(n, hidden, width, {from, width, 1}, up, {gelu.slope, hidden}, to, hidden);
+            float* done = from;
+            from = to;
+            to = done;
+            width = hidden;
+            by_bias -= hidden + hidden * hidden;
+        }
+        Place place(network, start);
+        gather(network, place, n, x, states);
+        for (int64_t r = 0; r < n; r++, place.next(network)) {
+            float* by = by_embedding + place.step * hidden;
+            if (network.period > 1)
+                for (int64_t i = 0; i < hidden; i += LANES) store(by + i, load(by + i) + load(from + r * hidden + i));
+        }
+        if (network.period == 1) add_rows(n, hidden, from, sums, by_embedding);
+        pack(n, network.inputs, states, network.inputs, 1, packed);
+        product(hidden, inputs, n, {from, 1, hidden}, packed, {by_parameters, inputs}, by_parameters, inputs);
+        if (by_states) {
+            memset(states, 0, n * inputs * sizeof(float));
+            product(n, inputs, hidden, {from, hidden, 1}, weight, {states, inputs}, states, inputs);
+            for (int64_t r = 0; r < n; r++)
+                memcpy(by_states + (start + r) * network.inputs, states + r * inputs, network.inputs * sizeof(float));
+        }
+    }
+};
+
 }  // namespace
 
 extern "C" {
 
 // Raised whenever what is called or how parameters are laid out changes.
-int32_t network_version() { return 6; }
+int32_t network_version() { return 7; }
 
 int32_t network_lanes() { return LANES; }
 
@@ -251,11 +352,12 @@ int64_t network_factors(const Network* shape) {
 int32_t network_forward(const Network* shape, int64_t begin, int64_t end, const float* x, const float* embedding,
                         const float* factors, float* kept, float* out) {
     const Network network = *shape;
-    Scratch scratch(block_size(network));
+    Scratch scratch(block_size(network, BLOCK_ROWS));
     if (!scratch.floats) return 1;
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
-        const float* outcome = evaluate(network, start, n, x, embedding, factors, kept, scratch.floats);
+        const float* outcome =
+            evaluate(network, start, n, x, embedding, factors, kept, nullptr, BLOCK_ROWS, scratch.floats);
         for (int64_t r = 0; r < n; r++)
             memcpy(out + (start + r) * network.outputs, outcome + r * padded(network.outputs),
                    network.outputs * sizeof(float));
@@ -272,58 +374,23 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
                          const float* const* parameters, const float* kept, const float* gradient,
                          const float* factors, float* by_states, float* by_embedding, float* by_parameters) {
     const Network network = *shape;
-    const int64_t inputs = padded(network.inputs), hidden = network.hidden, outputs = network.outputs;
-    const int64_t widest = hidden > outputs ? hidden : outputs;
-    const int64_t weights = hidden * inputs + (network.layers * hidden + outputs) * hidden;
-    Scratch scratch(BLOCK_ROWS * (2 * inputs + hidden + 2 * widest) + widest + weights);
+    const int64_t hidden = network.hidden, outputs = network.outputs;
+    Scratch scratch(Descent::size(network, BLOCK_ROWS) + BLOCK_ROWS * (hidden + padded(hidden)));
     if (!scratch.floats) return 1;
-    float* states = scratch.floats;
-    float* packed = states + BLOCK_ROWS * inputs;  // strips of GELU's values, and at the end of states
-    float* above = packed + BLOCK_ROWS * (inputs + hidden);
-    float* below = above + BLOCK_ROWS * widest;
-    float* sums = below + BLOCK_ROWS * widest;
-    float* weight = sums + widest;
-    pack(hidden, network.inputs, parameters[0], network.inputs, 1, weight);
-    for (int64_t layer = 0; layer <= network.layers; layer++)
-        pack(layer < network.layers ? hidden : outputs, hidden, parameters[2 * layer + 1], hidden, 1,
-             weight + hidden * inputs + layer * hidden * hidden);
+    const Descent descent(network, parameters, BLOCK_ROWS, scratch.floats);
+    float* slope = scratch.floats + Descent::size(network, BLOCK_ROWS);
+    float* strips = slope + BLOCK_ROWS * hidden;
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
-        memcpy(above, gradient + start * outputs, n * outputs * sizeof(float));
+        memcpy(descent.above, gradient + start * outputs, n * outputs * sizeof(float));
         if (factors)
             for (int64_t r = 0; r < n; r++)
-                for (int64_t i = 0; i < outputs; i++) above[r * outputs + i] *= factors[start + r];
-        float* by_bias = by_parameters + hidden * inputs + network.layers * (hidden + hidden * hidden);
-        int64_t width = outputs;
-        for (int64_t layer = network.layers; layer >= 0; layer--) {
-            activate_with_slope(n, hidden, kept + (layer * network.rows + start) * hidden, packed, below);
-            add_rows(n, width, above, sums, by_bias);
-            float* by_weight = by_bias + width;
-            product(width, hidden, n, {above, 1, width}, packed, {by_weight, hidden}, by_weight, hidden);
-            const float* up = weight + hidden * inputs + layer * hidden * hidden;
-            product<true>(n, hidden, width, {above, width, 1}, up, {below, hidden}, below, hidden);
-            float* done = above;
-            above = below;
-            below = done;
-            width = hidden;
-            by_bias -= hidden + hidden * hidden;
-        }
-        Place place(network, start);
-        gather(network, place, n, x, states);
-        for (int64_t r = 0; r < n; r++, place.next(network)) {
-            float* to = by_embedding + place.step * hidden;
-            if (network.period > 1)
-                for (int64_t i = 0; i < hidden; i += LANES) store(to + i, load(to + i) + load(above + r * hidden + i));
-        }
-        if (network.period == 1) add_rows(n, hidden, above, sums, by_embedding);
-        pack(n, network.inputs, states, network.inputs, 1, packed);
-        product(hidden, inputs, n, {above, 1, hidden}, packed, {by_parameters, inputs}, by_parameters, inputs);
-        if (by_states) {
-            memset(states, 0, n * inputs * sizeof(float));
-            product(n, inputs, hidden, {above, hidden, 1}, weight, {states, inputs}, states, inputs);
-            for (int64_t r = 0; r < n; r++)
-                memcpy(by_states + (start + r) * network.inputs, states + r * inputs, network.inputs * sizeof(float));
-        }
+                for (int64_t i = 0; i < outputs; i++) descent.above[r * outputs + i] *= factors[start + r];
+        auto activations = [&](int64_t layer) {
+            activate_with_slope(n, hidden, kept + (layer * network.rows + start) * hidden, strips, slope);
+            return Activations{strips, slope};
+        };
+        descent.block(start, n, x, activations, by_states, by_embedding, by_parameters);
     }
     return 0;
 }
@@ -373,7 +440,7 @@ struct Head {
 
 // The numbers of one step (see `NoiseUnits` for the first two, and the processes for the others).
 struct Step {
-    float reach, rate, keep, gain, variance, back, extra;
+    float reach, rate, keep, gain, variance, back, back_variance, extra;
 };
 
 }  // extern "C"
@@ -391,8 +458,11 @@ struct Chunk {
 
     static int64_t rows(int64_t dim) { return dim < CHUNK ? CHUNK / dim : 1; }
     static int64_t room(int64_t dim) { return padded(rows(dim) * dim); }
+    static int64_t arrays_size(int64_t dim) { return ARRAYS * room(dim); }
 
-    Chunk(int64_t dim, float* arrays) : dim(dim), most(rows(dim)), size(room(dim)), arrays(arrays) {}
+    Chunk(int64_t dim, float* arrays) : dim(dim), most(rows(dim)), size(room(dim)), arrays(arrays) {
+        memset(arrays, 0, arrays_size(dim) * sizeof(float));
+    }
 
     float* operator[](int array) const { return arrays + array * size; }
 };
@@ -482,26 +552,87 @@ void sum_rows(int64_t n, int64_t dim, const float* entries, float* sums) {
     }
 }
 
-// Every chunk of rows of all blocks between `begin` and `end`; false where there was no memory.
+// Work on every chunk of the n rows from `start`, whose outputs are `outcome` [n, padded outputs].
 template <typename Work>
-bool in_chunks(const Rows& rows, int64_t begin, int64_t end, const float* embedding, const float* factors, float* kept,
-               Work work) {
+void in_chunks(const Rows& rows, int64_t start, int64_t n, const float* outcome, const Chunk& chunk, Work work) {
+    for (int64_t r = 0; r < n; r += chunk.most) {
+        const int64_t some = smaller(n - r, chunk.most);
+        fill(rows, start + r, some, outcome + r * padded(rows.network.outputs), chunk);
+        work(start + r, some);
+    }
+}
+
+// The same on all blocks between `begin` and `end`; false where there was no memory.
+template <typename Work>
+bool in_blocks(const Rows& rows, int64_t begin, int64_t end, const float* embedding, const float* factors,
+               float* entering, Work work) {
     const Network& network = rows.network;
-    const int64_t size = block_size(network);
-    Scratch scratch(size + ARRAYS * Chunk::room(network.inputs));
+    const int64_t size = block_size(network, BLOCK_ROWS);
+    Scratch scratch(size + Chunk::arrays_size(network.inputs));
     if (!scratch.floats) return false;
     const Chunk chunk(network.inputs, scratch.floats + size);
-    memset(chunk.arrays, 0, ARRAYS * chunk.size * sizeof(float));
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
-        const float* outcome = evaluate(network, start, n, rows.x, embedding, factors, kept, scratch.floats);
-        for (int64_t r = 0; r < n; r += chunk.most) {
-            const int64_t some = smaller(n - r, chunk.most);
-            fill(rows, start + r, some, outcome + r * padded(network.outputs), chunk);
-            work(chunk, start + r, some);
-        }
+        const float* outcome =
+            evaluate(network, start, n, rows.x, embedding, factors, entering, nullptr, BLOCK_ROWS, scratch.floats);
+        in_chunks(rows, start, n, outcome, chunk,
+                  [&](int64_t first, int64_t some) { work(chunk, first, some); });
     }
     return true;
+}
+
+// Energies and squares of the way back of a chunk's n rows, [n] each, and the energies' gradient by the outputs
+// [n, outputs] unless that is null; the chunk's entries are overwritten.
+void energies(const Head& head, const Chunk& chunk, int64_t n, float* energy, float* back, float* by_outputs) {
+    const int64_t dim = chunk.dim;
+    for (int64_t i = 0; i < n * dim; i += LANES) {
+        const Motion move = motion(head, chunk, i);
+        const Floats from = load(chunk[X] + i), to = load(chunk[NEXT] + i), gain = load(chunk[GAIN] + i);
+        const Floats residual = to - load(chunk[KEEP] + i) * from - gain * move.drift;
+        Floats precision = 1.0f / load(chunk[VARIANCE] + i);
+        if (head.variances) precision *= exponential(-move.log_var);
+        const Floats square = residual * residual * precision;
+        const Floats way_back = from - load(chunk[BACK] + i) * to;
+        store(chunk[NEXT] + i, square + move.log_var);
+        store(chunk[BACK] + i, way_back * way_back);
+        Floats by_drift = -2.0f * gain * residual * precision;
+        by_drift = move.passes ? by_drift : Floats{};
+        if (head.pulls) {
+            by_drift *= load(chunk[RATE] + i);
+            store(chunk[PULL] + i, by_drift * move.measured);
+        }
+        store(chunk[OFFSET] + i, by_drift);
+        if (head.variances) store(chunk[RAW] + i, (1.0f - square) * move.slope);
+    }
+    sum_rows(n, dim, chunk[NEXT], energy);
+    sum_rows(n, dim, chunk[BACK], back);
+    if (!by_outputs) return;
+    for (int64_t r = 0; r < n; r++) {
+        const int64_t first = r * dim;
+        for (int64_t d = 0; d < dim; d++) *by_outputs++ = chunk[OFFSET][first + d];
+        for (int64_t d = 0; head.pulls && d < dim; d++) *by_outputs++ = chunk[PULL][first + d];
+        for (int64_t d = 0; head.variances && d < dim; d++) *by_outputs++ = chunk[RAW][first + d];
+    }
+}
+
+// by_scale [period, scales] += the gradient by the score's factors, from that by the outputs of n rows from `start`,
+// each row of it times its number in `factors` [n], unless that is null.
+void add_by_scale(const Rows& rows, int64_t start, int64_t n, const float* by_outputs, const float* factors,
+                  double* by_scale) {
+    const Head& head = rows.head;
+    const int64_t dim = rows.network.inputs, scales = head.scales;
+    Place place(rows.network, start);
+    for (int64_t r = 0; r < n; r++, place.next(rows.network)) {
+        // Outputs of a policy that measures by the noise are multiplied by the rate on their way to the drift.
+        const float rate = head.pulls ? rows.steps[place.step].rate : 1.0f;
+        const float factor = (factors ? factors[r] : 1.0f) / rate;
+        const float *score = rows.scores + (start + r) * dim, *by = by_outputs + r * rows.network.outputs;
+        double* to = by_scale + place.step * scales;
+        for (int64_t d = 0; d < dim; d++) {
+            const float clip = head.score_clip, high = score[d] > clip ? clip : score[d];
+            to[scales > 1 ? d : 0] += factor * by[d] * (high < -clip ? -clip : high);
+        }
+    }
 }
 
 }  // namespace
@@ -517,38 +648,9 @@ int32_t policy_energy(const Network* shape, const Head* how, int64_t begin, int6
                       float* back) {
     const Rows rows{*shape, *how, steps, x, next, scores, scale};
     const Head head = *how;
-    const int64_t outputs = shape->outputs;
-    return !in_chunks(rows, begin, end, embedding, factors, kept, [&](const Chunk& chunk, int64_t start, int64_t n) {
-        const int64_t dim = chunk.dim;
-        for (int64_t i = 0; i < n * dim; i += LANES) {
-            const Motion move = motion(head, chunk, i);
-            const Floats from = load(chunk[X] + i), to = load(chunk[NEXT] + i), gain = load(chunk[GAIN] + i);
-            const Floats residual = to - load(chunk[KEEP] + i) * from - gain * move.drift;
-            Floats precision = 1.0f / load(chunk[VARIANCE] + i);
-            if (head.variances) precision *= exponential(-move.log_var);
-            const Floats square = residual * residual * precision;
-            const Floats way_back = from - load(chunk[BACK] + i) * to;
-            store(chunk[NEXT] + i, square + move.log_var);
-            store(chunk[BACK] + i, way_back * way_back);
-            Floats by_drift = -2.0f * gain * residual * precision;
-            by_drift = move.passes ? by_drift : Floats{};
-            if (head.pulls) {
-                by_drift *= load(chunk[RATE] + i);
-                store(chunk[PULL] + i, by_drift * move.measured);
-            }
-            store(chunk[OFFSET] + i, by_drift);
-            if (head.variances) store(chunk[RAW] + i, (1.0f - square) * move.slope);
-        }
-        sum_rows(n, dim, chunk[NEXT], energy + start);
-        sum_rows(n, dim, chunk[BACK], back + start);
-        if (!by_outputs) return;
-        for (int64_t r = 0; r < n; r++) {
-            float* by = by_outputs + (start + r) * outputs;
-            const int64_t first = r * dim;
-            for (int64_t d = 0; d < dim; d++) *by++ = chunk[OFFSET][first + d];
-            for (int64_t d = 0; head.pulls && d < dim; d++) *by++ = chunk[PULL][first + d];
-            for (int64_t d = 0; head.variances && d < dim; d++) *by++ = chunk[RAW][first + d];
-        }
+    return !in_blocks(rows, begin, end, embedding, factors, kept, [&](const Chunk& chunk, int64_t start, int64_t n) {
+        float* by = by_outputs ? by_outputs + start * shape->outputs : nullptr;
+        energies(head, chunk, n, energy + start, back + start, by);
     });
 }
 
@@ -557,29 +659,70 @@ int32_t policy_energy(const Network* shape, const Head* how, int64_t begin, int6
 void policy_by_scale(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
                      const float* scores, const float* by_outputs, const float* factors, double* by_scale) {
     if (begin >= end) return;
-    const int64_t dim = shape->inputs, scales = how->scales;
-    Place place(*shape, begin);
-    for (int64_t row = begin; row < end; row++, place.next(*shape)) {
-        // Outputs of a policy that measures by the noise are multiplied by the rate on their way to the drift.
-        const float factor = how->pulls ? factors[row] / steps[place.step].rate : factors[row];
-        const float *score = scores + row * dim, *by = by_outputs + row * shape->outputs;
-        double* to = by_scale + place.step * scales;
-        for (int64_t d = 0; d < dim; d++) {
-            const float clip = how->score_clip, high = score[d] > clip ? clip : score[d];
-            to[scales > 1 ? d : 0] += factor * by[d] * (high < -clip ? -clip : high);
-        }
-    }
+    const Rows rows{*shape, *how, steps, nullptr, nullptr, scores, nullptr};
+    add_by_scale(rows, begin, end - begin, by_outputs + begin * shape->outputs, factors + begin, by_scale);
 }
 
-// One step of every row from `begin` to before `end`: keep x + gain u + sqrt(variance e^v + extra) noise, to `to` [rows, inputs] and to the places
-// that are `stride` apart from `path` on; noise is [rows, inputs], and `steps`, `scale` and `embedding` are of this step
-// alone. Returns as the network.
+// Trajectory balance, there and back a few trajectories at a time, whose activations stay in the caches. A group of
+// `period` rows is a trajectory; of those from `begin` to before `end`
+//
+//     residual = offset + sum over the steps of (energy - back / back_variance) / 2,
+//
+// with `energy` and `back` of `policy_energy` and nothing for a step back that is certain. Gradients of the sum of
+// weight * residual^2 are added: by the score's factors to `by_scale` [period, scales], and as those of the network.
+// `parameters` and the other arguments are as there. Returns as the network.
+int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
+                       const float* x, const float* next, const float* scores, const float* scale,
+                       const float* embedding, const float* factors, const float* const* parameters,
+                       const float* offset, float weight, float* residual, double* by_scale, float* by_embedding,
+                       float* by_parameters) {
+    const Network network = *shape;
+    const Head head = *how;
+    const Rows rows{network, head, steps, x, next, scores, scale};
+    const int64_t period = network.period, outputs = network.outputs;
+    const int64_t together = period < BLOCK_ROWS ? BLOCK_ROWS / period : 1, most = together * period;
+    const int64_t sizes[] = {block_size(network, most), Kept::size(network, most), Descent::size(network, most),
+                             Chunk::arrays_size(network.inputs), 2 * padded(most)};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += size;
+    Scratch scratch(total);
+    if (!scratch.floats) return 1;
+    float* block = scratch.floats;
+    const Kept kept(network, most, block + sizes[0]);
+    const Descent descent(network, parameters, most, kept.floats + sizes[1]);
+    const Chunk chunk(network.inputs, descent.above + sizes[2]);
+    float *energy = chunk.arrays + sizes[3], *back = energy + padded(most);
+    auto activations = [&](int64_t layer) { return Activations{kept.strips(layer), kept.slope(layer)}; };
+    for (int64_t group = begin; group < end; group += together) {
+        const int64_t groups = smaller(end - group, together), start = group * period, n = groups * period;
+        const float* outcome = evaluate(network, start, n, x, embedding, factors, nullptr, &kept, most, block);
+        float* by_outputs = descent.above;
+        in_chunks(rows, start, n, outcome, chunk, [&](int64_t first, int64_t some) {
+            const int64_t r = first - start;
+            energies(head, chunk, some, energy + r, back + r, by_outputs + r * outputs);
+        });
+        for (int64_t r = 0, g = group; g < group + groups; g++) {
+            double sum = 0.0;
+            for (const Step* step = steps; step < steps + period; step++, r++)
+                sum += energy[r] - (step->back_variance > 0.0f ? back[r] / step->back_variance : 0.0f);
+            residual[g] = (float)(offset[g] + 0.5 * sum);
+            for (int64_t i = (r - period) * outputs; i < r * outputs; i++) by_outputs[i] *= weight * residual[g];
+        }
+        if (head.scales) add_by_scale(rows, start, n, by_outputs, nullptr, by_scale);
+        descent.block(start, n, x, activations, nullptr, by_embedding, by_parameters);
+    }
+    return 0;
+}
+
+// One step of every row from `begin` to before `end`: keep x + gain u + sqrt(variance e^v + extra) noise, to `to`
+// [rows, inputs] and to the places that are `stride` apart from `path` on; noise is [rows, inputs], and `steps`, `scale`
+// and `embedding` are of this step alone. Returns as the network.
 int32_t policy_step(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
                     const float* x, const float* scores, const float* scale, const float* noise,
                     const float* embedding, const float* factors, float* to, float* path, int64_t stride) {
     const Rows rows{*shape, *how, steps, x, nullptr, scores, scale};
     const Head head = *how;
-    return !in_chunks(rows, begin, end, embedding, factors, nullptr, [&](const Chunk& chunk, int64_t start, int64_t n) {
+    return !in_blocks(rows, begin, end, embedding, factors, nullptr, [&](const Chunk& chunk, int64_t start, int64_t n) {
         const int64_t dim = chunk.dim, size = n * dim * sizeof(float);
         memcpy(chunk[NEXT], noise + start * dim, size);
         for (int64_t i = 0; i < n * dim; i += LANES) {

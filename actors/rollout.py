@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from driftstream.actors.native_balance import native_balance
 from driftstream.actors.native_policy import NativeSteps, is_native, native_energies
 from driftstream.actors.policy import DiffusionPolicy
 from driftstream.envs.processes import DiffusionProcess, Kernels
@@ -177,3 +178,28 @@ def score_trajectories(
         log_pf = process.log_pf(states, times, drift, log_var, kernels)
     factors = policy.backward_factors(states[:, 1:], backward)
     return log_pf, process.log_pb(states, times, *factors, kernels)
+
+
+def balance_at_once(
+    policy: DiffusionPolicy,
+    process: DiffusionProcess,
+    states: Tensor,
+    times: Tensor,
+    offset: Tensor,
+    scores: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """The mean square of offset + Σ log P_B - Σ log P_F, and these residuals [B], detached, in one pass there and back.
+
+    None where native code cannot do it: then `score_trajectories` has the densities, of the same arguments, and keeps
+    for the way back what every step's network computes. Gradients flow to the policy's parameters and the offset [B].
+    """
+    if policy.backward_net is not None or not torch.is_grad_enabled() or states.is_cuda or not states[:, 1:].numel():
+        return None
+    forward, kernels = policy.embed_times(times[:-1], process), process.kernels_like(times, states)
+    if not is_native(policy, states[:, :-1], forward, scores, kernels):
+        return None
+    # What the energies and squares leave out.
+    nothing = states.new_zeros(()).expand(states[:, 1:, 0].shape)
+    log_pf = process.log_pf_of(nothing, states, times, kernels)
+    log_pb = process.log_pb_of(nothing, policy.dim, kernels)
+    return native_balance(policy, states, forward, kernels, scores, offset + (log_pb - log_pf).sum(-1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy
-from driftstream.actors.rollout import score_trajectories
+from driftstream.actors.rollout import balance_at_once, score_trajectories
 from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget, Target
 from driftstream.learner.objective_plugins import plugin_loss
@@ -134,6 +134,12 @@ def path_loss(
     Gradients flow to the policy and `log_z`. Raises ValueError for an objective that needs paths of its own, and
     PluginError where a user's objective fails.
     """
+    if objective.name == "trajectory_balance" and paths.index is None:
+        offset = paths.log_reward - log_z
+        found = balance_at_once(policy, process, paths.states, paths.times, offset, paths.scores)
+        if found is not None:
+            loss, residual = found
+            return loss, residual + log_z.detach()
     log_pf, log_pb = score_trajectories(policy, process, paths.states, paths.times, paths.scores, paths.index)
     log_weight = None if paths.index is not None else log_weights(log_pf, log_pb, paths.log_reward).detach()
     if objective.name == "trajectory_balance":

@@ -13,7 +13,7 @@ from driftstream.actors import native, rollout
 from driftstream.actors.native import Library
 from driftstream.actors.native_policy import is_native
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
-from driftstream.actors.rollout import roll_forward, score_trajectories
+from driftstream.actors.rollout import balance_at_once, roll_forward, score_trajectories
 from driftstream.envs.grids import random_grid
 from driftstream.envs.processes import BrownianProcess, DiffusionProcess, OrnsteinUhlenbeckProcess
 from driftstream.envs.targets import Target
@@ -286,3 +286,121 @@ def test_threads_share_the_rows_of_a_step(build: Library, two_threads: None) -> 
     torch.set_num_threads(1)
     other = roll_forward(policy, process, Bowl(3), start, times, generator=torch.Generator().manual_seed(0))[0]
     assert torch.equal(one, other)
+
+
+def make_offset(states: Tensor) -> Tensor:
+    return torch.linspace(-3.0, 5.0, len(states), dtype=states.dtype).requires_grad_()
+
+
+def balanced(policy: DiffusionPolicy, *arguments: Any) -> list[Tensor]:
+    """Loss, residuals, and gradients of twice the loss by offset and parameters."""
+    found = balance_at_once(policy, *arguments)
+    assert found is not None
+    return with_gradients(policy, arguments[3], *found)
+
+
+def balanced_by_densities(policy: DiffusionPolicy, *arguments: Any) -> list[Tensor]:
+    process, states, times, offset, scores = arguments
+    log_pf, log_pb = score_trajectories(policy, process, states, times, scores)
+    residual = offset + (log_pb - log_pf).sum(-1)
+    return with_gradients(policy, offset, residual.square().mean(), residual)
+
+
+def with_gradients(policy: DiffusionPolicy, offset: Tensor, loss: Tensor, residual: Tensor) -> list[Tensor]:
+    return [loss.detach(), residual.detach(), *torch.autograd.grad(2.0 * loss, [offset, *policy.parameters()])]
+
+
+@every_process
+@every_policy
+@pytest.mark.parametrize(("dim", "steps"), [(1, 5), (2, 1), (3, 130), (9, 5), (600, 2)])
+def test_balance_there_and_back_is_that_of_the_densities(
+    build: Library,
+    dim: int,
+    steps: int,
+    options: dict[str, Any],
+    process: DiffusionProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As exact as torch's operations in single precision, for trajectories that fill no block, or more than one."""
+    policy, times = make_policy(dim, **options), random_grid(steps)
+    states = 0.3 * torch.randn(30, steps + 1, dim, generator=torch.Generator().manual_seed(1)).cumsum(1)
+    arguments = process, states, times, make_offset(states), -states[:, :-1] if policy.langevin else None
+    found = balanced(policy, *arguments)
+    monkeypatch.setattr(rollout, "is_native", lambda *_: False)
+    assert balance_at_once(policy, *arguments) is None
+    single = balanced_by_densities(policy, *arguments)
+    doubled = [each.detach().double() if isinstance(each, Tensor) else each for each in arguments]
+    doubled[3].requires_grad_()
+    exact = balanced_by_densities(copy.deepcopy(policy).double(), *doubled)
+    for ours, theirs, true in zip(found, single, exact, strict=True):
+        assert error(ours, true) <= 3.0 * error(theirs, true) + 1e-6
+
+
+def test_balance_goes_back_as_often_as_it_is_asked_to(build: Library) -> None:
+    policy, process, times, states = make_policy(3, **OPTIONS["all"]), PROCESSES[1], random_grid(STEPS), make_states(3)
+    arguments = policy, process, states / 9.0, times, make_offset(states), states[:, :-1]
+    found = balance_at_once(*arguments)
+    assert found is not None
+    loss, residual = found
+    assert not residual.requires_grad
+    inputs = [arguments[4], *policy.parameters()]
+    once = torch.autograd.grad(loss, inputs, retain_graph=True)
+    twice = torch.autograd.grad(2.0 * loss, inputs, retain_graph=True)
+    batched = torch.autograd.grad(loss, inputs, torch.tensor([1.0, 2.0]), retain_graph=True, is_grads_batched=True)
+    for one, two, both in zip(once, twice, batched, strict=True):
+        torch.testing.assert_close(two, 2.0 * one)
+        assert error(both[0], one) < 1e-4
+        assert error(both[1], two) < 1e-4
+    arguments[2].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_balance_takes_states_that_stand_anywhere(build: Library) -> None:
+    policy, process, times, states = make_policy(3), PROCESSES[0], random_grid(STEPS), make_states(3)
+    offset = make_offset(states)
+    for placed in (states[::2], states.transpose(0, 2).contiguous().transpose(0, 2)):
+        for each in zip(
+            balanced(policy, process, placed, times, offset[: len(placed)], None),
+            balanced(policy, process, placed.clone(), times, offset[: len(placed)], None),
+            strict=True,
+        ):
+            assert torch.equal(*each)
+
+
+def test_threads_share_the_trajectories_of_a_balance(build: Library, two_threads: None) -> None:
+    policy, process, times = make_policy(3, **OPTIONS["all"]), PROCESSES[0], random_grid(STEPS)
+    states = make_states(3, rows=601)
+    arguments = process, states, times, make_offset(states), -states[:, :-1]
+    found = balanced(policy, *arguments)
+    torch.set_num_threads(1)
+    alone = balanced(policy, *arguments)
+    assert torch.equal(found[1], alone[1])
+    for one, other in zip(found, alone, strict=True):
+        assert error(one, other) < 1e-5
+
+
+@every_policy
+def test_what_is_not_finite_is_the_residual_of_its_trajectory(build: Library, options: dict[str, Any]) -> None:
+    policy, process, times, states = make_policy(3, **options), PROCESSES[0], random_grid(STEPS), make_states(3)
+    scores, offset = torch.zeros_like(states[:, :-1]) if policy.langevin else None, make_offset(states)
+    expected = balanced(policy, process, states, times, offset, scores)[1]
+    for value in (math.nan, math.inf, -math.inf):
+        states[7, 2, 1] = value
+        loss, residual, *_ = balanced(policy, process, states, times, offset, scores)
+        assert not bool(loss.isfinite())
+        assert not bool(residual[7].isfinite())
+        assert torch.equal(residual[:7], expected[:7])
+        assert torch.equal(residual[8:], expected[8:])
+
+
+def test_balance_without_rows_or_gradients_is_left_to_the_densities(build: Library) -> None:
+    policy, process, times, states = make_policy(2), PROCESSES[0], random_grid(STEPS), make_states(2)
+    offset = make_offset(states)
+    assert balance_at_once(policy, process, states, times, offset) is not None
+    assert balance_at_once(policy, process, states[:0], times, offset[:0]) is None
+    assert balance_at_once(policy, process, states[:, :1], times[:1], offset) is None
+    learned = make_policy(2, learned_backward=True)
+    assert balance_at_once(learned, process, states, times, offset) is None
+    with torch.no_grad():
+        assert balance_at_once(policy, process, states, times, offset) is None

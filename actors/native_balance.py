@@ -1,0 +1,120 @@
+"""Trajectory balance by native code (network.cpp), there and back a few trajectories at a time.
+
+A trajectory's part in the gradient is known as soon as its own steps are evaluated. So what the way back needs of them
+is used while it is in the caches, and no update keeps the activations of all states.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from driftstream.actors.native import GradientLayout, check_memory, gradients_by_torch, in_parts, needs_torch, place
+from driftstream.actors.native_policy import GivenSteps, policy_parameters
+from driftstream.actors.policy import DiffusionPolicy, TimeEmbedding
+from driftstream.envs.processes import Kernels
+
+
+def native_balance(
+    policy: DiffusionPolicy,
+    states: Tensor,
+    embedding: TimeEmbedding,
+    kernels: Kernels,
+    scores: Tensor | None,
+    offset: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The mean square of residuals [B], and these residuals, detached, of whole trajectories [B, T+1, D], B, T >= 1.
+
+    A residual is offset + Σ_T (energy - squares / back_variance) / 2, with the energies and squares of
+    `native_energies` and nothing for a step back that is certain: with the right offset [B] that of trajectory
+    balance. Gradients flow to the policy, the embedding and the offset. They are computed here, so that this is for
+    where gradients are enabled. The policy `is_native` at states[:, :-1] and the kernels [T] of one grid.
+    """
+    given = GivenSteps(policy, states, embedding, kernels, scores)
+    inputs = embedding.hidden, embedding.langevin_scale, *policy_parameters(policy)
+    loss, residual = _NativeBalance.apply(given, offset, *inputs)
+    return loss, residual
+
+
+class _NativeBalance(torch.autograd.Function):
+    """`native_balance`, and its gradient, by torch's operations where that is batched."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, given: GivenSteps, offset: Tensor, hidden: Tensor, scale: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        residual, by_hidden, by_scale, by_parameters = _there_and_back(given, offset, hidden, scale, parameters)
+        ctx.given, ctx.by = given, (by_hidden, by_scale, *by_parameters)
+        ctx.save_for_backward(given.states, given.scores, residual, offset, hidden, scale, *parameters)
+        ctx.mark_non_differentiable(residual)
+        return residual.square().mean(), residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _states, _scores, residual, *inputs = ctx.saved_tensors
+        if needs_torch(gradient):
+
+            def loss(offset: Tensor, *others: Any) -> Tensor:
+                return _residual_by_torch(ctx.given, offset, *others).square().mean()
+
+            return None, *gradients_by_torch(loss, inputs, ctx.needs_input_grad[1:], gradient)
+        by_offset = 2.0 / len(residual) * gradient * residual
+        return None, by_offset, *(None if by is None else gradient * by for by in ctx.by)
+
+
+def _there_and_back(
+    given: GivenSteps, offset: Tensor, hidden: Tensor, scale: Tensor | None, parameters: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """Residuals [B]; gradients of their mean square by the embedding, the score's factors and the parameters."""
+    rows = given.rows(hidden, parameters)
+    network, following = rows.network, given.following(rows)
+    embedding, factors, offset = hidden.contiguous(), rows.parameters.packed(rows.built, network), offset.contiguous()
+    numbers = None if scale is None else scale.contiguous()
+    layout = GradientLayout(rows.built, network, rows.parameters.tensors)
+    residual = torch.empty_like(offset)
+
+    def part(begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        by = residual.new_zeros(layout.size)
+        by_scale = None if scale is None else torch.zeros(scale.shape, dtype=torch.float64, device=scale.device)
+        check_memory(
+            rows.built.balance(
+                ctypes.byref(network),
+                ctypes.byref(given.head),
+                begin,
+                end,
+                given.steps.data_ptr(),
+                rows.x.data_ptr(),
+                following.data_ptr(),
+                place(given.scores),
+                place(numbers),
+                embedding.data_ptr(),
+                factors.data_ptr(),
+                rows.parameters.pointers,
+                offset.data_ptr(),
+                1.0 / len(offset),
+                residual.data_ptr(),
+                place(by_scale),
+                by.data_ptr(),
+                by.data_ptr() + layout.embedding * by.element_size(),
+            )
+        )
+        return by, by_scale
+
+    sums, sums_by_scale = zip(*in_parts(network.rows, part, group=network.period), strict=True)
+    by_hidden, by_parameters = layout.split(sum(sums))
+    by_scale = None if scale is None else sum(sums_by_scale).to(scale.dtype)
+    return residual, by_hidden.view(hidden.shape), by_scale, by_parameters
+
+
+def _residual_by_torch(given: GivenSteps, offset: Tensor, *inputs: Any) -> Tensor:
+    energy, back, back_variance = given.of_torch(*inputs), given.steps[..., 5], given.steps[..., 6]
+    squares = torch.addcmul(given.states[:, :-1], given.states[:, 1:], back.unsqueeze(-1), value=-1.0).square().sum(-1)
+    certain = back_variance == 0
+    ways_back = (squares / back_variance.masked_fill(certain, 1.0)).masked_fill(certain, 0.0)
+    return offset + 0.5 * (energy - ways_back).sum(-1)
+
+
+__all__ = ["native_balance"]
