@@ -24,7 +24,7 @@ Layer = tuple[Tensor, Tensor]
 SWITCH = "DRIFTSTREAM_NATIVE"
 BUILDS = ("network_avx2", "network_generic")
 """Extensions that are built from network.cpp, each where the compiler knows how."""
-VERSION = 7
+VERSION = 8
 """`network_version` of network.cpp; a build of another one is not used."""
 PART_ROWS = 1024
 """Threads get at least so many rows each: what a part takes is then twenty times what handing it over takes."""
@@ -73,7 +73,7 @@ class Library:
         self.balance = library.policy_balance
         self.balance.argtypes = [pointer, pointer, integer, integer, *[pointer] * 9, ctypes.c_float, *[pointer] * 4]
         self.step = library.policy_step
-        self.step.argtypes = [pointer, pointer, integer, integer, *[pointer] * 9, integer]
+        self.step.argtypes = [pointer, integer, integer, integer, *[pointer] * 4]
 
 
 @cache

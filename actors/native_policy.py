@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from driftstream.actors.native import (
     NativeParameters,
     NativeRows,
+    Network,
     built_library,
     check_memory,
     fits,
@@ -38,6 +39,29 @@ class _Head(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("pulls", "variances", "scales")),
         *((name, ctypes.c_float) for name in ("pull", "score_clip", "drift_clip", "log_var_range")),
+    )
+
+
+class _Table(ctypes.Structure):
+    """`Table` of network.cpp."""
+
+    _fields_ = (("entries", ctypes.c_void_p), ("row", ctypes.c_int64), ("number", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "_Table":
+        """The rows of a tensor [B, N, D], whose last dimension is contiguous."""
+        return cls() if tensor is None else cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+class _Course(ctypes.Structure):
+    """`Course` of network.cpp."""
+
+    _fields_ = (
+        ("network", Network),
+        ("head", _Head),
+        *((name, ctypes.c_void_p) for name in ("steps", "scale", "embedding", "factors")),
+        ("states", _Table),
+        ("scores", _Table),
     )
 
 
@@ -81,7 +105,7 @@ def is_native(
 
 
 class NativeSteps:
-    """Steps of a grid, drawn for B states at a time into `path [B, T+1, D]`.
+    """Steps of a grid, drawn for B states at a time into `states [B, T+1, D]`, with the scores into `scores [B, T, D]`.
 
     `embedding` is that of the T times at which the `steps` start; `extra [T]` is what their variances gain.
     """
@@ -92,49 +116,30 @@ class NativeSteps:
         embedding: TimeEmbedding,
         steps: Sequence[Step],
         extra: Sequence[float],
-        path: Tensor,
+        states: Tensor,
+        scores: Tensor | None,
     ) -> None:
-        built, (rows, _, dim) = built_library(), path.shape
+        built, (rows, _, dim) = built_library(), states.shape
         parameters = NativeParameters(policy_parameters(policy))
-        self._step = built.step
-        self._network = parameters.network(rows, 1, dim, dim, _width(embedding))
-        self._factors = parameters.packed(built, self._network)
-        self._head = _head(policy)
+        network = parameters.network(rows, 1, dim, dim, _width(embedding))
         rows_of_steps = [[*step, more] for step, more in zip(steps, extra, strict=True)]
-        kernels = torch.tensor(rows_of_steps, dtype=path.dtype, device=path.device)
-        self._steps = torch.cat([_units(embedding, len(kernels)), kernels], 1)
-        self._hidden = embedding.hidden.detach().contiguous()
-        self._scale = None if embedding.langevin_scale is None else embedding.langevin_scale.detach().contiguous()
-        self._path = path
+        kernels = torch.tensor(rows_of_steps, dtype=states.dtype, device=states.device)
+        constants = torch.cat([_units(embedding, len(kernels)), kernels], 1)
+        scale, hidden = embedding.langevin_scale, embedding.hidden.detach().contiguous()
+        scale, factors = None if scale is None else scale.detach().contiguous(), parameters.packed(built, network)
+        places = (place(tensor) for tensor in (constants, scale, hidden, factors))
+        self._course = _Course(network, _head(policy), *places, _Table.of(states), _Table.of(scores))
+        self._kept = constants, scale, hidden, factors, states, scores
+        self._step, self._address = built.step, ctypes.addressof(self._course)
 
     def __call__(self, x: Tensor, n: int, score: Tensor | None, noise: Tensor) -> Tensor:
-        """The states after step n from x [B, D], with the score and the noise there; they go to `path` too."""
-        x, noise, path = x.contiguous(), noise.contiguous(), self._path
+        """The states after step n from x [B, D], with the score and the noise there."""
+        x, noise = x.contiguous(), noise.contiguous()
         if score is not None:
             score = score.to(x).expand_as(x).contiguous()
         to = torch.empty_like(x)
-
-        def part(begin: int, end: int) -> None:
-            check_memory(
-                self._step(
-                    ctypes.byref(self._network),
-                    ctypes.byref(self._head),
-                    begin,
-                    end,
-                    _row(self._steps, n),
-                    x.data_ptr(),
-                    place(score),
-                    None if self._scale is None else _row(self._scale, n),
-                    noise.data_ptr(),
-                    _row(self._hidden, n),
-                    self._factors.data_ptr(),
-                    to.data_ptr(),
-                    path.data_ptr() + path.element_size() * (n + 1) * path.stride(1),
-                    path.stride(0),
-                )
-            )
-
-        in_parts(len(x), part)
+        places = x.data_ptr(), place(score), noise.data_ptr(), to.data_ptr()
+        in_parts(len(x), lambda begin, end: check_memory(self._step(self._address, n, begin, end, *places)))
         return to
 
 
@@ -306,11 +311,6 @@ def _units(embedding: TimeEmbedding, steps: int) -> Tensor:
     if units is None:
         return torch.ones(steps, 2, dtype=embedding.hidden.dtype, device=embedding.hidden.device)
     return torch.cat([units.reach.reshape(-1, 1), units.drift.reshape(-1, 1)], 1)
-
-
-def _row(tensor: Tensor, n: int) -> int:
-    """Where row n of a contiguous matrix stands."""
-    return tensor.data_ptr() + n * tensor.stride(0) * tensor.element_size()
 
 
 __all__ = ["GivenSteps", "NativeSteps", "is_native", "native_energies", "policy_parameters"]

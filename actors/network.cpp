@@ -320,7 +320,7 @@ struct Descent {
 extern "C" {
 
 // Raised whenever what is called or how parameters are laid out changes.
-int32_t network_version() { return 7; }
+int32_t network_version() { return 8; }
 
 int32_t network_lanes() { return LANES; }
 
@@ -714,17 +714,38 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
     return 0;
 }
 
-// One step of every row from `begin` to before `end`: keep x + gain u + sqrt(variance e^v + extra) noise, to `to`
-// [rows, inputs] and to the places that are `stride` apart from `path` on; noise is [rows, inputs], and `steps`, `scale`
-// and `embedding` are of this step alone. Returns as the network.
-int32_t policy_step(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
-                    const float* x, const float* scores, const float* scale, const float* noise,
-                    const float* embedding, const float* factors, float* to, float* path, int64_t stride) {
-    const Rows rows{*shape, *how, steps, x, nullptr, scores, scale};
-    const Head head = *how;
-    return !in_blocks(rows, begin, end, embedding, factors, nullptr, [&](const Chunk& chunk, int64_t start, int64_t n) {
-        const int64_t dim = chunk.dim, size = n * dim * sizeof(float);
-        memcpy(chunk[NEXT], noise + start * dim, size);
+// Where rows of [rows, numbers, inputs] stand.
+struct Table {
+    float* entries;
+    int64_t row, number;
+
+    float* at(int64_t r, int64_t n) const { return entries + r * row + n * number; }
+};
+
+// The steps of a grid, each of all rows of the network at once (`period` 1): `steps`, `scale` [steps, scales] and
+// `embedding` [steps, hidden] are theirs. What is drawn goes to `states`, which begin with those before the first
+// step, and the scores on the way to `scores`, unless it has no entries.
+struct Course {
+    Network network;
+    Head head;
+    const Step* steps;
+    const float *scale, *embedding, *factors;
+    Table states, scores;
+};
+
+// Step `number` of every row from `begin` to before `end`: keep x + gain u + sqrt(variance e^v + extra) noise, also to
+// `to`; that, x, scores and noise are [rows, inputs]. Returns as the network.
+int32_t policy_step(const Course* course, int64_t number, int64_t begin, int64_t end, const float* x,
+                    const float* scores, const float* noise, float* to) {
+    const Network network = course->network;
+    const Head head = course->head;
+    const Table states = course->states, seen = course->scores;
+    const float* embedding = course->embedding + number * network.hidden;
+    const float* scale = head.scales ? course->scale + number * head.scales : nullptr;
+    const Rows rows{network, head, course->steps + number, x, nullptr, scores, scale};
+    const int64_t dim = network.inputs;
+    auto draw = [&](const Chunk& chunk, int64_t start, int64_t n) {
+        memcpy(chunk[NEXT], noise + start * dim, n * dim * sizeof(float));
         for (int64_t i = 0; i < n * dim; i += LANES) {
             const Motion move = motion(head, chunk, i);
             Floats variance = load(chunk[VARIANCE] + i);
@@ -732,10 +753,13 @@ int32_t policy_step(const Network* shape, const Head* how, int64_t begin, int64_
             const Floats mean = load(chunk[KEEP] + i) * load(chunk[X] + i) + load(chunk[GAIN] + i) * move.drift;
             store(chunk[NEXT] + i, mean + square_root(variance + load(chunk[EXTRA] + i)) * load(chunk[NEXT] + i));
         }
-        memcpy(to + start * dim, chunk[NEXT], size);
+        memcpy(to + start * dim, chunk[NEXT], n * dim * sizeof(float));
         for (int64_t r = 0; r < n; r++)
-            memcpy(path + (start + r) * stride, chunk[NEXT] + r * dim, dim * sizeof(float));
-    });
+            memcpy(states.at(start + r, number + 1), chunk[NEXT] + r * dim, dim * sizeof(float));
+        for (int64_t r = 0; seen.entries && r < n; r++)
+            memcpy(seen.at(start + r, number), scores + (start + r) * dim, dim * sizeof(float));
+    };
+    return !in_blocks(rows, begin, end, embedding, course->factors, nullptr, draw);
 }
 
 }  // extern "C"

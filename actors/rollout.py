@@ -72,11 +72,10 @@ def roll_forward(
     noise = states.new_empty(batch_size, dim)
     states[:, 0] = start
     x = states[:, 0].contiguous()
-    advance = _steps(policy, process, times, states, exploration_std**2, drift_scale, noise_scale)
+    advance = _steps(policy, process, times, states, scores, exploration_std**2, drift_scale, noise_scale)
     for n in range(sampling_steps):
         if scores is not None:
             score = target.score(x)
-            scores[:, n] = score
         noise.normal_(generator=generator)
         x = advance(x, n, score, noise)
     return states, scores
@@ -87,21 +86,27 @@ def _steps(
     process: DiffusionProcess,
     times: Tensor,
     states: Tensor,
+    scores: Tensor | None,
     extra_variance: float,
     drift_scale: float,
     noise_scale: float,
 ) -> Callable[[Tensor, int, Tensor | None, Tensor], Tensor]:
-    """`(x [B, D], n, score, noise)` -> the states after step n, which are written to `states [B, T+1, D]` as well."""
+    """`(x [B, D], n, score, noise)` -> the states after step n.
+
+    They are written to `states [B, T+1, D]` as well, and the score to `scores [B, T, D]`.
+    """
     embedding, steps = policy.embed_times(times[:-1], process), process.steps(times)
     extra = [extra_variance * step.gain for step in steps]
     if is_native(policy, states[:, 0], embedding, states[:, 0] if policy.langevin else None):
         scaled = [step._replace(gain=drift_scale * step.gain, variance=noise_scale * step.variance) for step in steps]
-        return NativeSteps(policy, embedding, scaled, extra, states)
+        return NativeSteps(policy, embedding, scaled, extra, states, scores)
     network, embeddings = policy.forward_net.by_steps(embedding.hidden, len(states)), embedding.unbind()
     columns = states.unbind(1)
 
     def advance(x: Tensor, n: int, score: Tensor | None, noise: Tensor) -> Tensor:
         step = steps[n]
+        if scores is not None and score is not None:
+            scores[:, n] = score
         drift, log_var = policy.drift(x, network(policy.inputs(x, embeddings[n]), n), embeddings[n], score)
         if (drift_scale, noise_scale) != (1.0, 1.0):
             drift, step = drift_scale * drift, step._replace(variance=noise_scale * step.variance)
