@@ -1,12 +1,12 @@
 """The learner's pace in a run: beside that of the same learner fed from memory, and beside steps of one process."""
 
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from tensordict import TensorDict
@@ -16,7 +16,7 @@ from driftstream.actors.actor import Actor
 from driftstream.actors.refiner import Refiner
 from driftstream.eval.bench_rounds import time_rounds
 from driftstream.eval.bench_run import BenchRun, Pace, Rows, bench_run, delay_s, learner_reports, pace
-from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer
+from driftstream.learner.checkpoint import CheckpointConfig, Checkpointer, CheckpointState
 from driftstream.learner.learner import Learner
 from driftstream.learner.limits import Budget, LimitsConfig
 from driftstream.learner.loop import TrainingLoop
@@ -25,8 +25,9 @@ from driftstream.learner.sources import DrawSeeds, FreshBatch, LocalSource
 BATCHES, CYCLES = 16, 2
 """What is made in advance, and used in turn."""
 WARM_UP_S = 3.0
-YARDSTICK_STEPS = 4
 START_S = 120.0
+TURN_S = 2.5
+"""Run and reference take turns as short as that: a machine's pace may change within seconds, and then stay for many."""
 
 
 @dataclass(frozen=True)
@@ -114,81 +115,132 @@ def bench_round(
 ) -> Round:
     """Measure for so many seconds in the run that `command` starts, and from memory, in this process.
 
-    Half of the time from memory comes before the run and half after it, as a machine's pace drifts.
+    They take turns: while one is measured, the other stands still.
     """
-    halves = [pace_from_memory(learner, actor, refiners, refine_every, seconds / 2)]
+    memory = FromMemory(learner, actor, refiners, refine_every)
+    memory.turn(WARM_UP_S)
+    in_run: list[_Turn] = []
+    from_memory: list[_Turn] = []
     with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
         root = Path(folder) / "run"
         with bench_run(command(root), root) as run:
-            # As from memory, the start is not counted.
-            rows = _warmed_up(run)
-            pid = run.roles()["learner"]
-            first, before, delayed, since = len(rows) - 1, run.cpu_s(), delay_s(pid), time.monotonic()
-            rows = run.wait(lambda rows: _elapsed_s(rows[first:]) > seconds, START_S + 4 * seconds)[first:]
-            after, delayed, elapsed_s = run.cpu_s(), delay_s(pid) - delayed, time.monotonic() - since
-    halves.append(pace_from_memory(learner, actor, refiners, refine_every, seconds / 2))
-    paces, *figures = zip(*halves, strict=True)
-    memory = Pace(fmean(each.updates_per_s for each in paces), fmean(each.wait_fraction for each in paces))
-    memory_cpu_s, memory_delay = map(fmean, figures)
-    stream = pace(rows)
-    reports = learner_reports(rows)
-    cores = {name: (after[name] - before[name]) / elapsed_s for name in before if name in after}
-    updates = reports[-1]["step"] - reports[0]["step"]
-    stream_cpu_s = cores["learner"] * elapsed_s / updates
-    return Round(stream, memory, stream_cpu_s, memory_cpu_s, delayed / elapsed_s, memory_delay, cores)
+            _warmed_up(run)
+            for length in _turns(seconds):
+                in_run.append(_turn_of_run(run, length))
+                with run.paused():
+                    from_memory.append(memory.turn(length))
+    stream, reference = _Turn.sum(in_run), _Turn.sum(from_memory)
+    paces = pace(*(turn.rows for turn in in_run)), pace(*(turn.rows for turn in from_memory))
+    return Round(
+        *paces,
+        stream.cores["learner"] / paces[0].updates_per_s,
+        reference.cores["learner"] / paces[1].updates_per_s,
+        stream.delay,
+        reference.delay,
+        stream.cores,
+    )
 
 
 def bench_step(
     command: Callable[[Path], Sequence[str]], yardsticks: Mapping[str, Callable[[], object]], seconds: float
 ) -> StepRound:
-    """Measure for so many seconds in the run that `command` starts; the yardsticks before it, and again after it."""
-    halves = [time_rounds(yardsticks, YARDSTICK_STEPS)]
+    """Measure for so many seconds in the run that `command` starts; the yardsticks in turns with it."""
+    found: list[Rows] = []
+    times: list[Mapping[str, Tensor]] = []
     with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
         root = Path(folder) / "run"
         with bench_run(command(root), root) as run:
-            first = len(_warmed_up(run)) - 1
-            rows = run.wait(lambda rows: _elapsed_s(rows[first:]) > seconds, START_S + 4 * seconds)[first:]
-    halves.append(time_rounds(yardsticks, YARDSTICK_STEPS))
+            _warmed_up(run)
+            for length in _turns(seconds):
+                found.append(_turn_of_run(run, length).rows)
+                with run.paused():
+                    times.append(time_rounds(yardsticks, 1))
     return StepRound(
-        pace(rows), {name: float(torch.cat([half[name] for half in halves]).mean()) for name in yardsticks}
+        pace(*found), {name: float(torch.cat([each[name] for each in times]).mean()) for name in yardsticks}
     )
 
 
-def _warmed_up(run: BenchRun) -> Rows:
-    """The rows of a run whose start is over: replay fills, and W&B and the evaluator come up."""
-    return run.wait(lambda rows: _elapsed_s(rows) > WARM_UP_S, START_S)
+@dataclass(frozen=True)
+class _Turn:
+    """A learner's reports in some seconds, processor time of every role, and how long the learner waited for one."""
+
+    rows: Rows
+    seconds: float
+    cpu_s: dict[str, float]
+    delay_s: float
+
+    @classmethod
+    def sum(cls, turns: Sequence["_Turn"]) -> "_Turn":
+        """All of them together, without their reports."""
+        cpu_s = {name: math.fsum(turn.cpu_s.get(name, 0.0) for turn in turns) for name in turns[-1].cpu_s}
+        return cls([], math.fsum(turn.seconds for turn in turns), cpu_s, math.fsum(turn.delay_s for turn in turns))
+
+    @property
+    def cores(self) -> dict[str, float]:
+        """How many processors every role kept busy."""
+        return {name: spent / self.seconds for name, spent in self.cpu_s.items()}
+
+    @property
+    def delay(self) -> float:
+        """Share of the time for which the learner had work and no processor."""
+        return self.delay_s / self.seconds
 
 
-def pace_from_memory(
-    learner: Learner, actor: Actor, refiners: Sequence[Refiner], refine_every: int, seconds: float
-) -> tuple[Pace, float, float]:
-    """The learner's pace with data that is there; processor's seconds of an update; share of waiting for one."""
-    rows: Rows = []
-    spent: list[tuple[float, float]] = []
-    source = MemorySource(actor, refiners, learner.draw_seeds)
-
-    def report(metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float) -> None:
-        rows.append({**metrics, "step": step, "wall_s": wall_s})
-        spent.append((time.process_time(), delay_s(os.getpid())))
-
-    def enough() -> bool:
-        return _elapsed_s(rows[_warm(rows) :]) >= seconds
-
-    with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
-        # No limit comes near, so that progress, and with it the work of a step, stays where it begins.
-        budget = Budget(LimitsConfig(minutes=24 * 60.0))
-        checkpointer = Checkpointer(Path(folder), CheckpointConfig())
-        TrainingLoop(learner, source, budget, checkpointer, report, enough, refine_every).run()
-    warm = _warm(rows)
-    counted, spent = rows[warm:-1], spent[warm:-1]  # the last report comes with the end, right after another
-    cpu, delayed = (last - first for first, last in zip(spent[0], spent[-1], strict=True))
-    elapsed_s = counted[-1]["wall_s"] - counted[0]["wall_s"]
-    return pace(counted), cpu / (counted[-1]["step"] - counted[0]["step"]), delayed / elapsed_s
+def _turns(seconds: float) -> list[float]:
+    """Lengths of the turns that make so many seconds."""
+    count = max(1, round(seconds / TURN_S))
+    return [seconds / count] * count
 
 
-def _warm(rows: Rows) -> int:
-    """How many reports came before training had lasted for so long."""
-    return sum(row["wall_s"] < WARM_UP_S for row in rows)
+def _turn_of_run(run: BenchRun, seconds: float) -> _Turn:
+    known, pid = len(run.rows()), run.roles()["learner"]
+    before, delayed, since = run.cpu_s(), delay_s(pid), time.monotonic()
+    rows = run.wait(lambda rows: _elapsed_s(rows[known:]) >= seconds, START_S + 4 * seconds)[known:]
+    after, delayed, elapsed_s = run.cpu_s(), delay_s(pid) - delayed, time.monotonic() - since
+    return _Turn(rows, elapsed_s, {name: after[name] - before[name] for name in before if name in after}, delayed)
+
+
+def _warmed_up(run: BenchRun) -> None:
+    """Wait until a run's start is over: replay fills, and W&B and the evaluator come up."""
+    run.wait(lambda rows: _elapsed_s(rows) > WARM_UP_S, START_S)
+
+
+class FromMemory:
+    """The same learner, fed with data that is there, in this process."""
+
+    def __init__(self, learner: Learner, actor: Actor, refiners: Sequence[Refiner], refine_every: int) -> None:
+        self._learner, self._refine_every = learner, refine_every
+        self._source = MemorySource(actor, refiners, learner.draw_seeds)
+
+    def turn(self, seconds: float) -> _Turn:
+        """Train for so many seconds, counted from the first report on."""
+        rows: Rows = []
+
+        def report(
+            metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float
+        ) -> None:
+            rows.append({**metrics, "step": step, "wall_s": wall_s})
+
+        def enough() -> bool:
+            return _elapsed_s(rows) >= seconds
+
+        with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
+            # No limit comes near, so that progress, and with it the work of a step, stays where it begins.
+            budget = Budget(LimitsConfig(minutes=24 * 60.0))
+            checkpointer = _NoCheckpoints(Path(folder), CheckpointConfig())
+            loop = TrainingLoop(self._learner, self._source, budget, checkpointer, report, enough, self._refine_every)
+            cpu_s, delayed, since = time.process_time(), delay_s(os.getpid()), time.monotonic()
+            loop.run()
+            cpu_s, delayed = time.process_time() - cpu_s, delay_s(os.getpid()) - delayed
+        # The last report comes with the end, right after another.
+        return _Turn(rows[:-1], time.monotonic() - since, {"learner": cpu_s}, delayed)
+
+
+class _NoCheckpoints(Checkpointer):
+    """As a run has none within a turn."""
+
+    def save(self, state: CheckpointState) -> None:
+        del state
 
 
 def _elapsed_s(rows: Rows) -> float:

@@ -61,6 +61,21 @@ class BenchRun:
         """Seconds that every role has computed so far, and the `supervisor`."""
         return {name: cpu_s(pid) for name, pid in ({"supervisor": self._process.pid} | self.roles()).items()}
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Every process of the run stands still meanwhile, so that something else can be measured."""
+        everyone = descendants(self._process.pid)
+        # Ends with its input, and so too if this process is killed: what stands still would stay for ever.
+        guard = ["sh", "-c", f"read _; kill -CONT {' '.join(map(str, everyone))} 2>/dev/null"]
+        with subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True):
+            try:
+                for pid in everyone:
+                    _signal(pid, signal.SIGSTOP)
+                yield
+            finally:
+                for pid in everyone:
+                    _signal(pid, signal.SIGCONT)
+
     def pss_bytes(self) -> int:
         """Memory of all processes of the run, pages that several of them share counted once."""
         return sum(pss_bytes(pid) for pid in descendants(self._process.pid))
@@ -79,8 +94,7 @@ class BenchRun:
         finally:
             if self._process.poll() is None:
                 for pid in {*everyone, *descendants(self._process.pid)}:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                    _signal(pid, signal.SIGKILL)
             self._process.wait()
             deadline = time.monotonic() + STOP_S
             while any(runs(pid) for pid in everyone) and time.monotonic() < deadline:
@@ -113,16 +127,20 @@ class Pace:
         return (1.0 - self.wait_fraction) / self.updates_per_s
 
 
-def pace(rows: Rows) -> Pace:
-    """The pace between the first and the last of a learner's reports; RunBenchError where there are not two."""
-    reports = learner_reports(rows)
-    seconds = reports[-1]["wall_s"] - reports[0]["wall_s"] if reports else 0.0
-    if seconds <= 0.0:
-        raise RunBenchError("the learner has not reported twice")
-    waited = sum(
-        row["learner/wait_fraction"] * (row["wall_s"] - before["wall_s"]) for before, row in itertools.pairwise(reports)
-    )
-    return Pace((reports[-1]["step"] - reports[0]["step"]) / seconds, min(1.0, waited / seconds))
+def pace(*turns: Rows) -> Pace:
+    """The pace between the first and the last of a learner's reports, of all turns together.
+
+    Raises RunBenchError where there are not two in one of them.
+    """
+    steps, seconds, waited = 0, 0.0, 0.0
+    for reports in map(learner_reports, turns):
+        spans = [row["wall_s"] - before["wall_s"] for before, row in itertools.pairwise(reports)]
+        if not sum(spans) > 0.0:
+            raise RunBenchError("the learner has not reported twice")
+        steps += reports[-1]["step"] - reports[0]["step"]
+        seconds += sum(spans)
+        waited += sum(row["learner/wait_fraction"] * span for row, span in zip(reports[1:], spans, strict=True))
+    return Pace(steps / seconds, min(1.0, waited / seconds))
 
 
 def learner_reports(rows: Rows) -> Rows:
@@ -151,6 +169,11 @@ def pss_bytes(pid: int) -> int:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         return 1024 * sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+) kB", text, flags=re.MULTILINE))
     return 0
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def runs(pid: int) -> bool:

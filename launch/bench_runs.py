@@ -40,6 +40,9 @@ from driftstream.launch.start_up import STAGES
 PARTS = ("start", "end-to-end", "step", "scale")
 LONGEST_MIN = 30
 """A run of a bench that was killed ends by itself after so long."""
+IN_TURNS = ("--learner.report-every-s", "0.5", "--eval.every-s", "40")
+"""The first report of a turn begins what is counted. The evaluator's clock goes on while its run stands still, half of
+the time; it starts as often as by default by that which the run has."""
 ENERGIES = ("Sleeping", "Computing")
 ACTORS_BATCH, ACTORS_STEPS = 16, 20
 MEGABYTE = 1e6
@@ -48,15 +51,15 @@ START_CAPTION = (
     "there, and the configuration. Launched: roles are being started. Training: the first weights are published."
 )
 END_TO_END_CAPTION = (
-    "Updates/s and the learner's processor time an update, in the run and beside it for the same learner alone, fed "
-    "from memory with batches and refined states that are there. Undelayed: without the time that either had work and "
-    "no processor, which other programs take, and other roles where processors are few. Cores: how many "
-    "processors each role kept busy."
+    "Updates/s and the learner's processor time an update, in the run and, in turns of seconds with it, for the same "
+    "learner alone, fed from memory with batches and refined states that are there. Undelayed: without the time that "
+    "either had work and no processor, which other programs take, and other roles where processors are few. Cores: "
+    "how many processors each role kept busy."
 )
 STEP_CAPTION = (
     "A step of trajectory balance: from one update of a run to the next, whose actor rolls out while its learner "
-    "updates; and rollout and update one after the other in one process, in a naive and in the published way, timed "
-    "before and after the run. Each process computes with one thread."
+    "updates; and rollout and update one after the other in one process, in a naive and in the published way, while "
+    "the run stands still. They take turns of seconds. Each process computes with one thread."
 )
 ACTORS_CAPTION = (
     f"Langevin policies of 8 hidden units, T = {ACTORS_STEPS}, batch {ACTORS_BATCH}, no replay: every step asks for "
@@ -113,7 +116,7 @@ def end_to_end(flags: BenchFlags, announce: Announce) -> Report:
         refiner = build_refiner(config, derive_seed(flags.seed, "refiner", index))
 
         def command(root: Path, seed: int = flags.seed + index) -> list[str]:
-            return _train(target, root, seed, "--device", "cpu")
+            return _train(target, root, seed, "--device", "cpu", *IN_TURNS)
 
         rounds.append(bench_round(command, learner, actor, [refiner], config.refiner.every, seconds))
     result = {
@@ -146,7 +149,7 @@ def step(flags: BenchFlags, announce: Announce) -> Report:
             announce(f"bench step: round {index + 1} of {repeats}")
 
             def command(root: Path, seed: int = flags.seed + index) -> list[str]:
-                return _train(config.target, root, seed, *words)
+                return _train(config.target, root, seed, *words, *IN_TURNS)
 
             rounds.append(bench_step(command, steps, seconds))
     result = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from driftstream.eval import bench_end_to_end, bench_energies, bench_start
-from driftstream.eval.bench_end_to_end import MemorySource, Round, pace_from_memory
+from driftstream.eval.bench_end_to_end import FromMemory, MemorySource, Round
 from driftstream.eval.bench_energies import Computing, Sleeping
 from driftstream.eval.bench_run import (
     Pace,
@@ -71,6 +72,15 @@ def test_the_pace_is_that_between_the_first_report_and_the_last() -> None:
     for few in ([], rows[:2]):
         with pytest.raises(RunBenchError, match="twice"):
             pace(few)
+
+
+def test_the_pace_of_several_turns_leaves_out_what_is_between() -> None:
+    turns = [report(1, 0.0, 0.9), report(3, 1.0, 0.5)], [report(90, 50.0, 0.9), report(97, 53.0, 0.0)]
+    found = pace(*turns)
+    assert found.updates_per_s == pytest.approx((2 + 7) / 4.0)
+    assert found.wait_fraction == pytest.approx(0.5 / 4.0)
+    with pytest.raises(RunBenchError, match="twice"):
+        pace(*turns, [report(98, 60.0, 0.0)])
 
 
 def test_a_start_tells_its_stages_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +163,49 @@ def test_nothing_of_a_run_is_left(tmp_path: Path, deaf: bool, monkeypatch: pytes
     assert not any(runs(pid) for pid in everyone)
 
 
+COUNTER = """
+import itertools, pathlib, sys, time
+for n in itertools.count():
+    pathlib.Path(sys.argv[1]).write_text(str(n))
+    time.sleep(0.01)
+"""
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_run_stands_still_and_goes_on(tmp_path: Path) -> None:
+    with bench_run([sys.executable, "-c", COUNTER, str(tmp_path / "n")], tmp_path / "run") as run:
+        pid = run._process.pid
+        with run.paused():
+            while not is_stopped(pid):
+                time.sleep(0.01)
+        while is_stopped(pid):
+            time.sleep(0.01)
+
+
+KILLED_WHILE_PAUSED = """
+import os, pathlib, signal, sys
+from driftstream.eval.bench_run import bench_run
+with bench_run([sys.executable, "-c", sys.argv[1], sys.argv[2] + "/n"], pathlib.Path(sys.argv[2]) / "run") as run:
+    with run.paused():
+        print(run._process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nothing_stands_still_for_ever(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_WHILE_PAUSED, COUNTER, str(tmp_path)]
+    killed = subprocess.run(command, stdout=subprocess.PIPE, timeout=60, check=False)
+    pid = int(killed.stdout)
+    try:
+        while is_stopped(pid):
+            time.sleep(0.01)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_a_run_that_ends_early_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('first'); raise SystemExit('no such target')"]
     with bench_run(command, tmp_path / "run") as run, pytest.raises(RunBenchError, match="ended: no such target"):
@@ -195,16 +248,20 @@ def test_memory_gives_what_was_made_before() -> None:
     assert actor.target.calls + refiner.target.calls == calls
 
 
-def test_a_learner_is_fed_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_end_to_end, "WARM_UP_S", 0.05)
+def test_a_learner_is_fed_from_memory() -> None:
     config = small()
     learner = build_learner(config, 1)
     actors = build_local_actors(config, learner, [2])
-    found, cpu, delay = pace_from_memory(learner, actors[0], [build_refiner(config, 3)], config.refiner.every, 0.2)
+    memory = FromMemory(learner, actors[0], [build_refiner(config, 3)], config.refiner.every)
+    first, second = memory.turn(0.2), memory.turn(0.2)
+    found, steps = pace(first.rows, second.rows), [turn.rows[-1]["step"] for turn in (first, second)]
     assert found.updates_per_s > 0.0
     assert 0.0 <= found.wait_fraction < 0.5
-    assert cpu > 0.0
-    assert 0.0 <= delay < 1.1
+    for turn in (first, second):
+        assert turn.seconds >= 0.2
+        assert turn.cores["learner"] > 0.0
+        assert 0.0 <= turn.delay < 1.1
+    assert 0 < steps[0] < steps[1] <= learner.step
     assert len(learner.refined) > 0
     assert learner.limiter.state_dict()["replayed"] > 0
 
@@ -264,7 +321,8 @@ def test_bench_start_tells_where_the_time_goes(
 
 def test_bench_end_to_end_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_end_to_end, "WARM_UP_S", 0.5)
-    assert main(["bench", "end-to-end", "--target", "gmm9", "--repeats", "1", "--seconds", "0.5"]) == 0
+    monkeypatch.setattr(bench_end_to_end, "TURN_S", 0.5)
+    assert main(["bench", "end-to-end", "--target", "gmm9", "--repeats", "1", "--seconds", "1"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("gmm9", "from memory", "wait", "learner", "refiner"))
 
