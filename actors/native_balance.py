@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from driftstream.actors.native import GradientLayout, check_memory, gradients_by_torch, in_parts, needs_torch, place
 from driftstream.actors.native_policy import GivenSteps, policy_parameters
 from driftstream.actors.policy import DiffusionPolicy, TimeEmbedding
-from driftstream.envs.processes import Kernels
+from driftstream.envs.densities import log_of_energy
+from driftstream.envs.processes import DiffusionProcess, Kernels
 
 
 def native_balance(
@@ -27,10 +28,9 @@ def native_balance(
 ) -> tuple[Tensor, Tensor]:
     """The mean square of residuals [B], and these residuals, detached, of whole trajectories [B, T+1, D], B, T >= 1.
 
-    A residual is offset + Σ_T (energy - squares / back_variance) / 2, with the energies and squares of
-    `native_energies` and nothing for a step back that is certain: with the right offset [B] that of trajectory
-    balance. Gradients flow to the policy, the embedding and the offset. They are computed here, so that this is for
-    where gradients are enabled. The policy `is_native` at states[:, :-1] and the kernels [T] of one grid.
+    A residual is offset + Σ log P_B - Σ log P_F, without the density of x_0: with the right offset [B] that of
+    trajectory balance. Gradients flow to the policy, the embedding and the offset. They are computed here, so that this
+    is for where gradients are enabled. The policy `is_native` at states[:, :-1] and the kernels [T] of one grid.
     """
     given = GivenSteps(policy, states, embedding, kernels, scores)
     inputs = embedding.hidden, embedding.langevin_scale, *policy_parameters(policy)
@@ -45,8 +45,8 @@ class _NativeBalance(torch.autograd.Function):
     def forward(
         ctx: Any, given: GivenSteps, offset: Tensor, hidden: Tensor, scale: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        residual, by_hidden, by_scale, by_parameters = _there_and_back(given, offset, hidden, scale, parameters)
-        ctx.given, ctx.by = given, (by_hidden, by_scale, *by_parameters)
+        residual, by_scale, ctx.by, ctx.layout = _there_and_back(given, offset, hidden, scale, parameters)
+        ctx.given, ctx.by_scale = given, by_scale
         ctx.save_for_backward(given.states, given.scores, residual, offset, hidden, scale, *parameters)
         ctx.mark_non_differentiable(residual)
         return residual.square().mean(), residual
@@ -61,14 +61,16 @@ class _NativeBalance(torch.autograd.Function):
                 return _residual_by_torch(ctx.given, offset, *others).square().mean()
 
             return None, *gradients_by_torch(loss, inputs, ctx.needs_input_grad[1:], gradient)
+        by_hidden, by_parameters = ctx.layout.split(gradient * ctx.by)
+        by_scale = None if ctx.by_scale is None else gradient * ctx.by_scale
         by_offset = 2.0 / len(residual) * gradient * residual
-        return None, by_offset, *(None if by is None else gradient * by for by in ctx.by)
+        return None, by_offset, by_hidden.view(inputs[1].shape), by_scale, *by_parameters
 
 
 def _there_and_back(
     given: GivenSteps, offset: Tensor, hidden: Tensor, scale: Tensor | None, parameters: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """Residuals [B]; gradients of their mean square by the embedding, the score's factors and the parameters."""
+) -> tuple[Tensor, Tensor | None, Tensor, GradientLayout]:
+    """Residuals [B]; the gradient of their mean square by the score's factors, and those that the layout tells."""
     rows = given.rows(hidden, parameters)
     network, following = rows.network, given.following(rows)
     embedding, factors, offset = hidden.contiguous(), rows.parameters.packed(rows.built, network), offset.contiguous()
@@ -104,17 +106,16 @@ def _there_and_back(
         return by, by_scale
 
     sums, sums_by_scale = zip(*in_parts(network.rows, part, group=network.period), strict=True)
-    by_hidden, by_parameters = layout.split(sum(sums))
     by_scale = None if scale is None else sum(sums_by_scale).to(scale.dtype)
-    return residual, by_hidden.view(hidden.shape), by_scale, by_parameters
+    return residual, by_scale, sum(sums), layout
 
 
 def _residual_by_torch(given: GivenSteps, offset: Tensor, *inputs: Any) -> Tensor:
-    energy, back, back_variance = given.of_torch(*inputs), given.steps[..., 5], given.steps[..., 6]
-    squares = torch.addcmul(given.states[:, :-1], given.states[:, 1:], back.unsqueeze(-1), value=-1.0).square().sum(-1)
-    certain = back_variance == 0
-    ways_back = (squares / back_variance.masked_fill(certain, 1.0)).masked_fill(certain, 0.0)
-    return offset + 0.5 * (energy - ways_back).sum(-1)
+    kernels, dim = Kernels(*given.steps[..., 2:7].unbind(-1)), given.states.shape[-1]
+    log_pf = log_of_energy(given.of_torch(*inputs), kernels.variance, dim)
+    ways_back = torch.addcmul(given.states[:, :-1], given.states[:, 1:], kernels.back.unsqueeze(-1), value=-1.0)
+    log_pb = DiffusionProcess.log_pb_of(ways_back.square().sum(-1), dim, kernels)
+    return offset + (log_pb - log_pf).sum(-1)
 
 
 __all__ = ["native_balance"]

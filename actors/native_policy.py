@@ -30,7 +30,7 @@ from driftstream.actors.native import (
 from driftstream.actors.policy import DiffusionPolicy, TimeEmbedding
 from driftstream.actors.preconditioning import REACH
 from driftstream.envs.densities import step_energy
-from driftstream.envs.processes import Kernels, Step
+from driftstream.envs.processes import Kernels
 
 
 class _Head(ctypes.Structure):
@@ -107,24 +107,24 @@ def is_native(
 class NativeSteps:
     """Steps of a grid, drawn for B states at a time into `states [B, T+1, D]`, with the scores into `scores [B, T, D]`.
 
-    `embedding` is that of the T times at which the `steps` start; `extra [T]` is what their variances gain.
+    `embedding` is that of the T times at which the steps of these kernels [T] start; `extra [T]` is what their
+    variances gain.
     """
 
     def __init__(
         self,
         policy: DiffusionPolicy,
         embedding: TimeEmbedding,
-        steps: Sequence[Step],
-        extra: Sequence[float],
+        kernels: Kernels,
+        extra: Tensor,
         states: Tensor,
         scores: Tensor | None,
     ) -> None:
         built, (rows, _, dim) = built_library(), states.shape
         parameters = NativeParameters(policy_parameters(policy))
         network = parameters.network(rows, 1, dim, dim, _width(embedding))
-        rows_of_steps = [[*step, more] for step, more in zip(steps, extra, strict=True)]
-        kernels = torch.tensor(rows_of_steps, dtype=states.dtype, device=states.device)
-        constants = torch.cat([_units(embedding, len(kernels)), kernels], 1)
+        steps = torch.stack([*kernels, extra], 1).to(states)
+        constants = torch.cat([_units(embedding, len(steps)), steps], 1)
         scale, hidden = embedding.langevin_scale, embedding.hidden.detach().contiguous()
         scale, factors = None if scale is None else scale.detach().contiguous(), parameters.packed(built, network)
         places = (place(tensor) for tensor in (constants, scale, hidden, factors))

@@ -11,6 +11,7 @@
 // Plain C interface, no library: `native.py` calls it. It is built once for each kind of processor that is told apart
 // there; a vector has as many lanes as the flags of this build allow.
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +23,7 @@ namespace {
 constexpr int ACCUMULATORS = 12;  // of 16 registers: three more hold what is multiplied
 constexpr int64_t BLOCK_ROWS = 96;
 constexpr int64_t ALIGNMENT = 64;
+constexpr double TWO_PI = 6.283185307179586;
 
 template <int N>
 struct Count {
@@ -666,10 +668,10 @@ void policy_by_scale(const Network* shape, const Head* how, int64_t begin, int64
 // Trajectory balance, there and back a few trajectories at a time, whose activations stay in the caches. A group of
 // `period` rows is a trajectory; of those from `begin` to before `end`
 //
-//     residual = offset + sum over the steps of (energy - back / back_variance) / 2,
+//     residual = offset + sum over the steps of log P_B - log P_F,
 //
-// with `energy` and `back` of `policy_energy` and nothing for a step back that is certain. Gradients of the sum of
-// weight * residual^2 are added: by the score's factors to `by_scale` [period, scales], and as those of the network.
+// which are -1/2 of `energy` and of `back` / back_variance of `policy_energy`, and of dim log(2 pi variance) of either
+// kernel; a step back that is certain has log P_B = 0. Gradients of the sum of weight * residual^2 are added: by the score's factors to `by_scale` [period, scales], and as those of the network.
 // `parameters` and the other arguments are as there. Returns as the network.
 int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
                        const float* x, const float* next, const float* scores, const float* scale,
@@ -693,6 +695,11 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
     const Chunk chunk(network.inputs, descent.above + sizes[2]);
     float *energy = chunk.arrays + sizes[3], *back = energy + padded(most);
     auto activations = [&](int64_t layer) { return Activations{kept.strips(layer), kept.slope(layer)}; };
+    double constant = 0.0;
+    for (const Step* step = steps; step < steps + period; step++) {
+        const double there = log(TWO_PI * step->variance), back = log(TWO_PI * step->back_variance);
+        constant += network.inputs * (step->back_variance > 0.0f ? there - back : there);
+    }
     for (int64_t group = begin; group < end; group += together) {
         const int64_t groups = smaller(end - group, together), start = group * period, n = groups * period;
         const float* outcome = evaluate(network, start, n, x, embedding, factors, nullptr, &kept, most, block);
@@ -702,7 +709,7 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
             energies(head, chunk, some, energy + r, back + r, by_outputs + r * outputs);
         });
         for (int64_t r = 0, g = group; g < group + groups; g++) {
-            double sum = 0.0;
+            double sum = constant;
             for (const Step* step = steps; step < steps + period; step++, r++)
                 sum += energy[r] - (step->back_variance > 0.0f ? back[r] / step->back_variance : 0.0f);
             residual[g] = (float)(offset[g] + 0.5 * sum);

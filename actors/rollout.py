@@ -95,11 +95,12 @@ def _steps(
 
     They are written to `states [B, T+1, D]` as well, and the score to `scores [B, T, D]`.
     """
-    embedding, steps = policy.embed_times(times[:-1], process), process.steps(times)
-    extra = [extra_variance * step.gain for step in steps]
+    embedding = policy.embed_times(times[:-1], process)
     if is_native(policy, states[:, 0], embedding, states[:, 0] if policy.langevin else None):
-        scaled = [step._replace(gain=drift_scale * step.gain, variance=noise_scale * step.variance) for step in steps]
-        return NativeSteps(policy, embedding, scaled, extra, states, scores)
+        kernels = process.kernels(times.double())
+        scaled = kernels._replace(gain=drift_scale * kernels.gain, variance=noise_scale * kernels.variance)
+        return NativeSteps(policy, embedding, scaled, extra_variance * kernels.gain, states, scores)
+    steps = process.steps(times)
     network, embeddings = policy.forward_net.by_steps(embedding.hidden, len(states)), embedding.unbind()
     columns = states.unbind(1)
 
@@ -203,8 +204,6 @@ def balance_at_once(
     forward, kernels = policy.embed_times(times[:-1], process), process.kernels_like(times, states)
     if not is_native(policy, states[:, :-1], forward, scores, kernels):
         return None
-    # What the energies and squares leave out.
-    nothing = states.new_zeros(()).expand(states[:, 1:, 0].shape)
-    log_pf = process.log_pf_of(nothing, states, times, kernels)
-    log_pb = process.log_pb_of(nothing, policy.dim, kernels)
-    return native_balance(policy, states, forward, kernels, scores, offset + (log_pb - log_pf).sum(-1))
+    if process.prior_std and times[0] == 0:
+        offset = offset - process.log_prior(states[:, 0])
+    return native_balance(policy, states, forward, kernels, scores, offset)

@@ -1,5 +1,6 @@
 """The versioned subscriber: policies that follow the learner's newest published weights."""
 
+import torch
 from torch import Tensor, nn
 
 from driftstream.buffers.weight_channel import WeightSubscriber
@@ -46,8 +47,7 @@ class PolicySubscriber:
             if tensors.keys() != self._tensors.keys():
                 differing = sorted(tensors.keys() ^ self._tensors.keys())
                 raise ValueError(f"published weights do not fit the policy: {', '.join(differing)}")
-            for name, value in tensors.items():
-                self._tensors[name].copy_(value)
+            torch._foreach_copy_([self._tensors[name] for name in tensors], list(tensors.values()))
             self.version = snapshot.version
             self.progress = snapshot.progress
             self.wall_s = snapshot.wall_s

@@ -101,7 +101,7 @@ class GridMixture(GaussianMixture):
         self._axis = Constants((self.side / self._unit).unsqueeze(-1))
         # log N(x; m, variance) but for what all m share: a line in x, which suffices to tell components apart.
         pull = self.side * self._precision
-        self._lines = Constants(pull, pull.unsqueeze(-1), (-0.5 * pull * self.side).unsqueeze(-1))
+        self._lines = Constants(pull.unsqueeze(0), pull.unsqueeze(-1), (-0.5 * pull * self.side).unsqueeze(-1))
 
     def log_reward(self, x: Tensor) -> Tensor:
         (side,) = self._axis.like(x)
@@ -112,8 +112,9 @@ class GridMixture(GaussianMixture):
 
     def score(self, x: Tensor) -> Tensor:
         pull, slopes, levels = self._lines.like(x)
-        share = torch.addcmul(levels, slopes, x.reshape(-1)).softmax(0)
-        return torch.sub((pull @ share).view(x.shape), x, alpha=self._precision)
+        line = x.reshape(1, -1)
+        share = torch.addcmul(levels, slopes, line).softmax(0)
+        return torch.addmm(line, pull, share, beta=-self._precision).view(x.shape)
 
     def log_reward_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.log_reward(x), self.score(x)
