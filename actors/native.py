@@ -54,26 +54,23 @@ class Library:
         self.name = name
         self.version = int(library.network_version())
         self.lanes = int(library.network_lanes())
-        self.pack = library.network_pack
-        self.pack.argtypes, self.pack.restype = [pointer] * 3, None
-        self.factors = library.network_factors
-        self.factors.argtypes, self.factors.restype = [pointer], integer
-        self.forward = library.network_forward
-        self.forward.argtypes = [pointer, integer, integer, *[pointer] * 5]
-        self.backward = library.network_backward
-        self.backward.argtypes = [pointer, integer, integer, *[pointer] * 8]
-        self.times_forward = library.times_forward
-        self.times_forward.argtypes = [pointer] * 9
-        self.times_backward = library.times_backward
-        self.times_backward.argtypes = [pointer] * 9
-        self.energy = library.policy_energy
-        self.energy.argtypes = [pointer, pointer, integer, integer, *[pointer] * 11]
-        self.by_scale = library.policy_by_scale
-        self.by_scale.argtypes, self.by_scale.restype = [pointer, pointer, integer, integer, *[pointer] * 5], None
-        self.balance = library.policy_balance
-        self.balance.argtypes = [pointer, pointer, integer, integer, *[pointer] * 9, ctypes.c_float, *[pointer] * 4]
-        self.step = library.policy_step
-        self.step.argtypes = [pointer, integer, integer, integer, *[pointer] * 4]
+
+        def function(name: str, arguments: Sequence[Any], result: Any = ctypes.c_int32) -> Any:
+            found = getattr(library, name)
+            found.argtypes, found.restype = arguments, result
+            return found
+
+        part = [pointer, integer, integer]
+        self.pack = function("network_pack", [pointer] * 3, None)
+        self.factors = function("network_factors", [pointer], integer)
+        self.forward = function("network_forward", [*part, *[pointer] * 5])
+        self.backward = function("network_backward", [*part, *[pointer] * 8])
+        self.times_forward = function("times_forward", [pointer] * 9)
+        self.times_backward = function("times_backward", [pointer] * 9)
+        self.energy = function("policy_energy", [pointer, *part, *[pointer] * 11])
+        self.by_scale = function("policy_by_scale", [pointer, *part, *[pointer] * 5], None)
+        self.balance = function("policy_balance", [pointer, *part, *[pointer] * 9, ctypes.c_float, *[pointer] * 4])
+        self.step = function("policy_step", [pointer, integer, integer, integer, *[pointer] * 4])
 
 
 @cache
@@ -102,6 +99,11 @@ def describe() -> str:
     if os.environ.get(SWITCH, "1") == "0":
         return f"torch's operations ({SWITCH}=0)"
     return "torch's operations (no native build for this processor: was there a C++ compiler when this was installed?)"
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether there is a build for a tensor's type and device, and nothing follows torch's operations."""
+    return tensor.dtype == torch.float32 and tensor.is_cpu and library() is not None and not _is_followed()
 
 
 def fits(tensors: Sequence[Tensor], weight: Tensor, layers: Sequence[Layer]) -> bool:
@@ -393,4 +395,5 @@ __all__ = [
     "network_of",
     "pairs",
     "place",
+    "serves",
 ]

@@ -45,32 +45,32 @@ class _NativeBalance(torch.autograd.Function):
     def forward(
         ctx: Any, given: GivenSteps, offset: Tensor, hidden: Tensor, scale: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        residual, by_scale, ctx.by, ctx.layout = _there_and_back(given, offset, hidden, scale, parameters)
-        ctx.given, ctx.by_scale = given, by_scale
-        ctx.save_for_backward(given.states, given.scores, residual, offset, hidden, scale, *parameters)
+        residual, by, by_scale, ctx.layout = _there_and_back(given, offset, hidden, scale, parameters)
+        ctx.given = given
+        ctx.save_for_backward(given.states, given.scores, residual, by, by_scale, offset, hidden, scale, *parameters)
         ctx.mark_non_differentiable(residual)
         return residual.square().mean(), residual
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        _states, _scores, residual, *inputs = ctx.saved_tensors
+        _states, _scores, residual, by, by_scale, *inputs = ctx.saved_tensors
         if needs_torch(gradient):
 
             def loss(offset: Tensor, *others: Any) -> Tensor:
                 return _residual_by_torch(ctx.given, offset, *others).square().mean()
 
             return None, *gradients_by_torch(loss, inputs, ctx.needs_input_grad[1:], gradient)
-        by_hidden, by_parameters = ctx.layout.split(gradient * ctx.by)
-        by_scale = None if ctx.by_scale is None else gradient * ctx.by_scale
+        by_hidden, by_parameters = ctx.layout.split(gradient * by)
+        by_scale = None if by_scale is None else gradient * by_scale
         by_offset = 2.0 / len(residual) * gradient * residual
         return None, by_offset, by_hidden.view(inputs[1].shape), by_scale, *by_parameters
 
 
 def _there_and_back(
     given: GivenSteps, offset: Tensor, hidden: Tensor, scale: Tensor | None, parameters: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor | None, Tensor, GradientLayout]:
-    """Residuals [B]; the gradient of their mean square by the score's factors, and those that the layout tells."""
+) -> tuple[Tensor, Tensor, Tensor | None, GradientLayout]:
+    """Residuals [B]; gradients of their mean square, those that the layout tells and that by the score's factors."""
     rows = given.rows(hidden, parameters)
     network, following = rows.network, given.following(rows)
     embedding, factors, offset = hidden.contiguous(), rows.parameters.packed(rows.built, network), offset.contiguous()
@@ -107,7 +107,7 @@ def _there_and_back(
 
     sums, sums_by_scale = zip(*in_parts(network.rows, part, group=network.period), strict=True)
     by_scale = None if scale is None else sum(sums_by_scale).to(scale.dtype)
-    return residual, by_scale, sum(sums), layout
+    return residual, sum(sums), by_scale, layout
 
 
 def _residual_by_torch(given: GivenSteps, offset: Tensor, *inputs: Any) -> Tensor:

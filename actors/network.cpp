@@ -1,7 +1,7 @@
 // The policy on the processor. Its network: layers(GELU(x weight^T + embedding)), forwards and its gradient, in one pass.
 //
-// Rows go through all layers in blocks that stay in the caches, so that of the activations only what enters each GELU
-// is written to memory. Every product is of one form, a start and A B, with an entry of A in all lanes and a row of B in
+// Rows go through all layers in blocks that stay in the caches, so that of the activations at most what enters each GELU
+// is kept for all rows. Every product is of one form, a start and A B, with an entry of A in all lanes and a row of B in
 // vectors. That serves outputs, which start from the bias; gradients by the weights, which start from those so far; and
 // gradients by what entered a layer, which are multiplied by GELU's slope.
 //
@@ -671,8 +671,9 @@ void policy_by_scale(const Network* shape, const Head* how, int64_t begin, int64
 //     residual = offset + sum over the steps of log P_B - log P_F,
 //
 // which are -1/2 of `energy` and of `back` / back_variance of `policy_energy`, and of dim log(2 pi variance) of either
-// kernel; a step back that is certain has log P_B = 0. Gradients of the sum of weight * residual^2 are added: by the score's factors to `by_scale` [period, scales], and as those of the network.
-// `parameters` and the other arguments are as there. Returns as the network.
+// kernel; a step back that is certain has log P_B = 0. Gradients of the sum of weight * residual^2 are added: by the
+// score's factors to `by_scale` [period, scales], and as those of the network. `parameters` and the other arguments are
+// as there. Returns as the network.
 int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int64_t end, const Step* steps,
                        const float* x, const float* next, const float* scores, const float* scale,
                        const float* embedding, const float* factors, const float* const* parameters,
@@ -698,7 +699,7 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
     double constant = 0.0;
     for (const Step* step = steps; step < steps + period; step++) {
         const double there = log(TWO_PI * step->variance), back = log(TWO_PI * step->back_variance);
-        constant += network.inputs * (step->back_variance > 0.0f ? there - back : there);
+        constant += network.inputs * (step->back_variance == 0.0f ? there : there - back);
     }
     for (int64_t group = begin; group < end; group += together) {
         const int64_t groups = smaller(end - group, together), start = group * period, n = groups * period;
@@ -711,7 +712,7 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
         for (int64_t r = 0, g = group; g < group + groups; g++) {
             double sum = constant;
             for (const Step* step = steps; step < steps + period; step++, r++)
-                sum += energy[r] - (step->back_variance > 0.0f ? back[r] / step->back_variance : 0.0f);
+                sum += energy[r] - (step->back_variance == 0.0f ? 0.0f : back[r] / step->back_variance);
             residual[g] = (float)(offset[g] + 0.5 * sum);
             for (int64_t i = (r - period) * outputs; i < r * outputs; i++) by_outputs[i] *= weight * residual[g];
         }

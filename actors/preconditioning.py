@@ -37,9 +37,8 @@ class NoiseUnits:
     @classmethod
     def of(cls, process: DiffusionProcess, t: Tensor) -> "NoiseUnits":
         """At the times `t [T]` < 1 of the process, in their dtype (at t = 1 no noise is left to measure by)."""
-        noise = process.noise_left(torch.nn.functional.pad(t.double(), (1, 0))).unsqueeze(-1)
-        left = noise[1:]
-        return cls((REACH * left).to(t.dtype), (process.noise_rate / left).to(t.dtype), REACH * float(noise[0]))
+        left = process.noise_left(t.double()).unsqueeze(-1)
+        return cls((REACH * left).to(t.dtype), (process.noise_rate / left).to(t.dtype), REACH * process.all_noise)
 
     def __getitem__(self, index: int | Tensor) -> "NoiseUnits":
         return NoiseUnits(self.reach[index], self.drift[index], self.width)

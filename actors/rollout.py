@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from driftstream.actors.native import serves
 from driftstream.actors.native_balance import native_balance
 from driftstream.actors.native_policy import NativeSteps, is_native, native_energies
 from driftstream.actors.policy import DiffusionPolicy
@@ -196,14 +197,17 @@ def balance_at_once(
 ) -> tuple[Tensor, Tensor] | None:
     """The mean square of offset + Σ log P_B - Σ log P_F, and these residuals [B], detached, in one pass there and back.
 
-    None where native code cannot do it: then `score_trajectories` has the densities, of the same arguments, and keeps
-    for the way back what every step's network computes. Gradients flow to the policy's parameters and the offset [B].
+    None where native code does not serve, where P_B is learned and where no gradient is wanted: then
+    `score_trajectories` has the densities, and keeps for the way back what every step's network computes. Gradients
+    flow to the policy's parameters and the offset [B].
     """
-    if policy.backward_net is not None or not torch.is_grad_enabled() or states.is_cuda or not states[:, 1:].numel():
+    if policy.backward_net is not None or not torch.is_grad_enabled() or not serves(states):
+        return None
+    if offset.shape != states.shape[:1] or not states[:, 1:].numel():
         return None
     forward, kernels = policy.embed_times(times[:-1], process), process.kernels_like(times, states)
     if not is_native(policy, states[:, :-1], forward, scores, kernels):
         return None
     if process.prior_std and times[0] == 0:
         offset = offset - process.log_prior(states[:, 0])
-    return native_balance(policy, states, forward, kernels, scores, offset)
+    return native_balance(policy, states, forward, kernels, scores, offset.to(states))

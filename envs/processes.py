@@ -11,6 +11,7 @@ B trajectories, T steps, D dimensions; `times` is [T+1], or [B, T+1] where each 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -98,6 +99,11 @@ class DiffusionProcess(ABC):
     @abstractmethod
     def noise_left(self, times: Tensor) -> Tensor:
         """Standard deviation of the noise that is to come between `times` [...] and t = 1 -> [...]."""
+
+    @cached_property
+    def all_noise(self) -> float:
+        """Standard deviation of all the noise between t = 0 and t = 1."""
+        return float(self.noise_left(torch.zeros((), dtype=torch.float64)))
 
     def kernels_like(self, times: Tensor, like: Tensor) -> Kernels:
         """The kernels of `times`, computed in float64, in the dtype of `like`: float32 steps would round them."""

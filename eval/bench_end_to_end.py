@@ -151,10 +151,12 @@ def bench_step(
         root = Path(folder) / "run"
         with bench_run(command(root), root) as run:
             _warmed_up(run)
+            with run.paused():
+                time_rounds(yardsticks, 1)
             for length in _turns(seconds):
                 found.append(_turn_of_run(run, length).rows)
                 with run.paused():
-                    times.append(time_rounds(yardsticks, 1))
+                    times.append(time_rounds(yardsticks, 2, warm_up=0))
     return StepRound(
         pace(*found), {name: float(torch.cat([each[name] for each in times]).mean()) for name in yardsticks}
     )
@@ -193,7 +195,8 @@ def _turns(seconds: float) -> list[float]:
 
 
 def _turn_of_run(run: BenchRun, seconds: float) -> _Turn:
-    known, pid = len(run.rows()), run.roles()["learner"]
+    # A report that was under way when the run was stopped is of before.
+    known, pid = len(run.rows()) + 1, run.roles()["learner"]
     before, delayed, since = run.cpu_s(), delay_s(pid), time.monotonic()
     rows = run.wait(lambda rows: _elapsed_s(rows[known:]) >= seconds, START_S + 4 * seconds)[known:]
     after, delayed, elapsed_s = run.cpu_s(), delay_s(pid) - delayed, time.monotonic() - since
@@ -209,31 +212,30 @@ class FromMemory:
     """The same learner, fed with data that is there, in this process."""
 
     def __init__(self, learner: Learner, actor: Actor, refiners: Sequence[Refiner], refine_every: int) -> None:
-        self._learner, self._refine_every = learner, refine_every
-        self._source = MemorySource(actor, refiners, learner.draw_seeds)
+        self._rows: Rows = []
+        self._seconds = 0.0
+        source = MemorySource(actor, refiners, learner.draw_seeds)
+        # No limit comes near, so that progress, and with it the work of a step, stays where it begins.
+        budget = Budget(LimitsConfig(minutes=24 * 60.0))
+        checkpointer = _NoCheckpoints(Path(os.devnull), CheckpointConfig())
+        self._loop = TrainingLoop(learner, source, budget, checkpointer, self._report, self._enough, refine_every)
 
     def turn(self, seconds: float) -> _Turn:
         """Train for so many seconds, counted from the first report on."""
-        rows: Rows = []
-
-        def report(
-            metrics: dict[str, float], step: int, wall_s: float, energy_evaluations: int, progress: float
-        ) -> None:
-            rows.append({**metrics, "step": step, "wall_s": wall_s})
-
-        def enough() -> bool:
-            return _elapsed_s(rows) >= seconds
-
-        with tempfile.TemporaryDirectory(prefix="driftstream-") as folder:
-            # No limit comes near, so that progress, and with it the work of a step, stays where it begins.
-            budget = Budget(LimitsConfig(minutes=24 * 60.0))
-            checkpointer = _NoCheckpoints(Path(folder), CheckpointConfig())
-            loop = TrainingLoop(self._learner, self._source, budget, checkpointer, report, enough, self._refine_every)
-            cpu_s, delayed, since = time.process_time(), delay_s(os.getpid()), time.monotonic()
-            loop.run()
-            cpu_s, delayed = time.process_time() - cpu_s, delay_s(os.getpid()) - delayed
+        self._rows, self._seconds = [], seconds
+        cpu_s, delayed, since = time.process_time(), delay_s(os.getpid()), time.monotonic()
+        self._loop.run()
+        cpu_s, delayed = time.process_time() - cpu_s, delay_s(os.getpid()) - delayed
         # The last report comes with the end, right after another.
-        return _Turn(rows[:-1], time.monotonic() - since, {"learner": cpu_s}, delayed)
+        return _Turn(self._rows[:-1], time.monotonic() - since, {"learner": cpu_s}, delayed)
+
+    def _report(
+        self, metrics: dict[str, float], /, step: int, wall_s: float, energy_evaluations: int, progress: float
+    ) -> None:
+        self._rows.append({**metrics, "step": step, "wall_s": wall_s})
+
+    def _enough(self) -> bool:
+        return _elapsed_s(self._rows) >= self._seconds
 
 
 class _NoCheckpoints(Checkpointer):

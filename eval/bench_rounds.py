@@ -41,19 +41,21 @@ class Comparison:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def time_rounds(contenders: Mapping[str, Callable[[], object]], repeats: int, units: int = 1) -> dict[str, Tensor]:
-    """Seconds [repeats] of every contender, in float64, after a round that is not counted.
+def time_rounds(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, units: int = 1, warm_up: int = 1
+) -> dict[str, Tensor]:
+    """Seconds [repeats] of every contender, in float64, after so many rounds that are not counted.
 
     Every round starts with another contender. A call does its work `units` times over; seconds are those of one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
-    for index in range(repeats + 1):
+    for index in range(warm_up + repeats):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
             start = time.perf_counter()
             contenders[name]()
-            if index:
+            if index >= warm_up:
                 seconds[name].append((time.perf_counter() - start) / units)
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in seconds.items()}
 

@@ -64,16 +64,22 @@ class BenchRun:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Every process of the run stands still meanwhile, so that something else can be measured."""
-        everyone = descendants(self._process.pid)
-        # Ends with its input, and so too if this process is killed: what stands still would stay for ever.
-        guard = ["sh", "-c", f"read _; kill -CONT {' '.join(map(str, everyone))} 2>/dev/null"]
-        with subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True):
+        # Sets everyone going when its input ends, so too if this process is killed. The supervisor comes last: it would
+        # miss the others' signs of life.
+        guard = ["sh", "-c", 'while read -r pid; do pids="$pid $pids"; done; kill -CONT $pids 2>/dev/null']
+        stopped: list[int] = []
+        with subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True, text=True, bufsize=1) as process:
+            assert process.stdin is not None
             try:
-                for pid in everyone:
-                    _signal(pid, signal.SIGSTOP)
+                # Whoever was listed before its parent stood still may have started others.
+                while new := [pid for pid in descendants(self._process.pid) if pid not in stopped]:
+                    for pid in new:
+                        process.stdin.write(f"{pid}\n")
+                        _signal(pid, signal.SIGSTOP)
+                    stopped += new
                 yield
             finally:
-                for pid in everyone:
+                for pid in reversed(stopped):
                     _signal(pid, signal.SIGCONT)
 
     def pss_bytes(self) -> int:

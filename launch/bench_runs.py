@@ -40,7 +40,8 @@ from driftstream.launch.start_up import STAGES
 PARTS = ("start", "end-to-end", "step", "scale")
 LONGEST_MIN = 30
 """A run of a bench that was killed ends by itself after so long."""
-IN_TURNS = ("--learner.report-every-s", "0.5", "--eval.every-s", "40")
+REPORT_S = 0.5
+IN_TURNS = ("--learner.report-every-s", str(REPORT_S), "--eval.every-s", "40")
 """The first report of a turn begins what is counted. The evaluator's clock goes on while its run stands still, half of
 the time; it starts as often as by default by that which the run has."""
 ENERGIES = ("Sleeping", "Computing")
@@ -107,7 +108,9 @@ def start(flags: BenchFlags, announce: Announce) -> Report:
 def end_to_end(flags: BenchFlags, announce: Announce) -> Report:
     """The default method's learner with one actor and one refiner, beside itself fed from memory."""
     target, repeats, seconds = flags.target or "manywell", flags.repeats or 3, flags.seconds or 20.0
-    config = resolve(replace(load_method("default").config, target=target, seed=flags.seed, device="cpu"))
+    config = load_method("default").config
+    reporting = replace(config.learner, report_every_s=REPORT_S)
+    config = resolve(replace(config, target=target, seed=flags.seed, device="cpu", learner=reporting))
     rounds: list[Round] = []
     for index in range(repeats):
         announce(f"bench end-to-end: round {index + 1} of {repeats}")

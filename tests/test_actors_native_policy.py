@@ -394,6 +394,21 @@ def test_what_is_not_finite_is_the_residual_of_its_trajectory(build: Library, op
         assert torch.equal(residual[8:], expected[8:])
 
 
+def test_offsets_of_another_kind_are_converted_or_left_to_the_densities(build: Library) -> None:
+    policy, process, times, states = make_policy(2), PROCESSES[0], random_grid(STEPS), make_states(2)
+    offset = make_offset(states)
+    expected = balanced(policy, process, states, times, offset, None)
+    for kind in (torch.float64, torch.float16):
+        found = balanced(policy, process, states, times, offset.detach().to(kind).requires_grad_(), None)
+        assert found[2].dtype == kind
+        for one, other in zip(found, expected, strict=True):
+            assert error(one, other) < 1e-2
+    every_other = offset.detach().repeat_interleave(2)[::2]
+    assert torch.equal(balanced(policy, process, states, times, every_other.requires_grad_(), None)[1], expected[1])
+    assert balance_at_once(policy, process, states, times, offset[:1]) is None
+    assert balance_at_once(policy, process, states, times, offset.sum()) is None
+
+
 def test_balance_without_rows_or_gradients_is_left_to_the_densities(build: Library) -> None:
     policy, process, times, states = make_policy(2), PROCESSES[0], random_grid(STEPS), make_states(2)
     offset = make_offset(states)

@@ -163,32 +163,34 @@ def test_nothing_of_a_run_is_left(tmp_path: Path, deaf: bool, monkeypatch: pytes
     assert not any(runs(pid) for pid in everyone)
 
 
-COUNTER = """
-import itertools, pathlib, sys, time
-for n in itertools.count():
-    pathlib.Path(sys.argv[1]).write_text(str(n))
-    time.sleep(0.01)
-"""
+SLEEPER = "import time; time.sleep(120)"
 
 
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+def wait_for(pid: int, stopped: bool) -> None:
+    """Until that process stands still, or goes on."""
+    deadline = time.monotonic() + 30.0
+    while (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T") != stopped:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_run_stands_still_and_goes_on(tmp_path: Path) -> None:
-    with bench_run([sys.executable, "-c", COUNTER, str(tmp_path / "n")], tmp_path / "run") as run:
-        pid = run._process.pid
-        with run.paused():
-            while not is_stopped(pid):
-                time.sleep(0.01)
-        while is_stopped(pid):
-            time.sleep(0.01)
+    with bench_run([sys.executable, "-c", FAMILY, str(tmp_path / "run")], tmp_path / "run") as run:
+        run.wait(bool, 30.0)
+        everyone = descendants(run._process.pid)
+        assert len(everyone) == 2
+        for _ in range(2):
+            with run.paused():
+                for pid in everyone:
+                    wait_for(pid, stopped=True)
+            for pid in everyone:
+                wait_for(pid, stopped=False)
 
 
 KILLED_WHILE_PAUSED = """
 import os, pathlib, signal, sys
 from driftstream.eval.bench_run import bench_run
-with bench_run([sys.executable, "-c", sys.argv[1], sys.argv[2] + "/n"], pathlib.Path(sys.argv[2]) / "run") as run:
+with bench_run([sys.executable, "-c", sys.argv[1]], pathlib.Path(sys.argv[2]) / "run") as run:
     with run.paused():
         print(run._process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -196,12 +198,11 @@ with bench_run([sys.executable, "-c", sys.argv[1], sys.argv[2] + "/n"], pathlib.
 
 
 def test_nothing_stands_still_for_ever(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED_WHILE_PAUSED, COUNTER, str(tmp_path)]
+    command = [sys.executable, "-c", KILLED_WHILE_PAUSED, SLEEPER, str(tmp_path)]
     killed = subprocess.run(command, stdout=subprocess.PIPE, timeout=60, check=False)
     pid = int(killed.stdout)
     try:
-        while is_stopped(pid):
-            time.sleep(0.01)
+        wait_for(pid, stopped=False)
     finally:
         os.kill(pid, signal.SIGKILL)
 
