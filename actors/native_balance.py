@@ -31,6 +31,8 @@ def native_balance(
     A residual is offset + Σ log P_B - Σ log P_F, without the density of x_0: with the right offset [B] that of
     trajectory balance. Gradients flow to the policy, the embedding and the offset. They are computed here, so that this
     is for where gradients are enabled. The policy `is_native` at states[:, :-1] and the kernels [T] of one grid.
+
+    Source: Malkin et al. 2022 (arXiv 2201.13259); Lahlou et al. 2023 (arXiv 2301.12594).
     """
     given = GivenSteps(policy, states, embedding, kernels, scores)
     inputs = embedding.hidden, embedding.langevin_scale, *policy_parameters(policy)
@@ -45,7 +47,7 @@ class _NativeBalance(torch.autograd.Function):
     def forward(
         ctx: Any, given: GivenSteps, offset: Tensor, hidden: Tensor, scale: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        residual, by, by_scale, ctx.layout = _there_and_back(given, offset, hidden, scale, parameters)
+        residual, by, by_scale, ctx.layout = _forward_and_backward(given, offset, hidden, scale, parameters)
         ctx.given = given
         ctx.save_for_backward(given.states, given.scores, residual, by, by_scale, offset, hidden, scale, *parameters)
         ctx.mark_non_differentiable(residual)
@@ -67,42 +69,23 @@ class _NativeBalance(torch.autograd.Function):
         return None, by_offset, by_hidden.view(inputs[1].shape), by_scale, *by_parameters
 
 
-def _there_and_back(
+def _forward_and_backward(
     given: GivenSteps, offset: Tensor, hidden: Tensor, scale: Tensor | None, parameters: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None, GradientLayout]:
     """Residuals [B]; gradients of their mean square, those that the layout tells and that by the score's factors."""
     rows = given.rows(hidden, parameters)
-    network, following = rows.network, given.following(rows)
-    embedding, factors, offset = hidden.contiguous(), rows.parameters.packed(rows.built, network), offset.contiguous()
-    numbers = None if scale is None else scale.contiguous()
+    network, read, offset = rows.network, given.read(rows, hidden, scale), offset.contiguous()
     layout = GradientLayout(rows.built, network, rows.parameters.tensors)
     residual = torch.empty_like(offset)
 
     def part(begin: int, end: int) -> tuple[Tensor, Tensor | None]:
         by = residual.new_zeros(layout.size)
         by_scale = None if scale is None else torch.zeros(scale.shape, dtype=torch.float64, device=scale.device)
-        check_memory(
-            rows.built.balance(
-                ctypes.byref(network),
-                ctypes.byref(given.head),
-                begin,
-                end,
-                given.steps.data_ptr(),
-                rows.x.data_ptr(),
-                following.data_ptr(),
-                place(given.scores),
-                place(numbers),
-                embedding.data_ptr(),
-                factors.data_ptr(),
-                rows.parameters.pointers,
-                offset.data_ptr(),
-                1.0 / len(offset),
-                residual.data_ptr(),
-                place(by_scale),
-                by.data_ptr(),
-                by.data_ptr() + layout.embedding * by.element_size(),
-            )
-        )
+        by_parameters = by.data_ptr() + layout.embedding * by.element_size()
+        written = residual.data_ptr(), place(by_scale), by.data_ptr(), by_parameters
+        shape, head, weight = ctypes.byref(network), ctypes.byref(given.head), 1.0 / len(offset)
+        given_loss = rows.parameters.pointers, offset.data_ptr(), weight
+        check_memory(rows.built.balance(shape, head, begin, end, *map(place, read), *given_loss, *written))
         return by, by_scale
 
     sums, sums_by_scale = zip(*in_parts(network.rows, part, group=network.period), strict=True)

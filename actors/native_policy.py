@@ -53,8 +53,8 @@ class _Table(ctypes.Structure):
         return cls() if tensor is None else cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-class _Course(ctypes.Structure):
-    """`Course` of network.cpp."""
+class _Rollout(ctypes.Structure):
+    """`Rollout` of network.cpp."""
 
     _fields_ = (
         ("network", Network),
@@ -128,9 +128,9 @@ class NativeSteps:
         scale, hidden = embedding.langevin_scale, embedding.hidden.detach().contiguous()
         scale, factors = None if scale is None else scale.detach().contiguous(), parameters.packed(built, network)
         places = (place(tensor) for tensor in (constants, scale, hidden, factors))
-        self._course = _Course(network, _head(policy), *places, _Table.of(states), _Table.of(scores))
+        self._rollout = _Rollout(network, _head(policy), *places, _Table.of(states), _Table.of(scores))
         self._kept = constants, scale, hidden, factors, states, scores
-        self._step, self._address = built.step, ctypes.addressof(self._course)
+        self._step, self._address = built.step, ctypes.addressof(self._rollout)
 
     def __call__(self, x: Tensor, n: int, score: Tensor | None, noise: Tensor) -> Tensor:
         """The states after step n from x [B, D], with the score and the noise there."""
@@ -182,10 +182,14 @@ class GivenSteps:
     def rows(self, hidden: Tensor, parameters: Sequence[Tensor]) -> NativeRows:
         return NativeRows(self.states[:, :-1], hidden, parameters, self.width)
 
-    def following(self, rows: NativeRows) -> Tensor:
-        """The states after the steps, as those before them stand."""
+    def read(self, rows: NativeRows, hidden: Tensor, scale: Tensor | None) -> list[Tensor | None]:
+        """What native code reads of the steps, in its order; places are to be taken while these tensors are there."""
         following = self.states[:, 1:]
-        return following if rows.x.data_ptr() == self.states.data_ptr() else following.contiguous()
+        if rows.x.data_ptr() != self.states.data_ptr():
+            following = following.contiguous()  # as those before the steps, which were copied too
+        scale = None if scale is None else scale.contiguous()
+        factors = rows.parameters.packed(rows.built, rows.network)
+        return [self.steps, rows.x, following, self.scores, scale, hidden.contiguous(), factors]
 
     def energies(
         self,
@@ -197,31 +201,13 @@ class GivenSteps:
     ) -> tuple[Tensor, Tensor]:
         """Energies and squares [B, L]; what the way back needs is written to the last two, if given."""
         rows = self.rows(hidden, parameters)
-        hidden, scale = hidden.contiguous(), None if scale is None else scale.contiguous()
-        following = self.following(rows)
-        factors = rows.parameters.packed(rows.built, rows.network)
+        read = self.read(rows, hidden, scale)
         energy, back = self.states.new_empty(2, *self.states[:, 1:, 0].shape)
+        tensors = [*read, kept, by_outputs, energy, back]
 
         def part(begin: int, end: int) -> None:
-            check_memory(
-                rows.built.energy(
-                    ctypes.byref(rows.network),
-                    ctypes.byref(self.head),
-                    begin,
-                    end,
-                    self.steps.data_ptr(),
-                    rows.x.data_ptr(),
-                    following.data_ptr(),
-                    place(self.scores),
-                    place(scale),
-                    hidden.data_ptr(),
-                    factors.data_ptr(),
-                    place(kept),
-                    place(by_outputs),
-                    energy.data_ptr(),
-                    back.data_ptr(),
-                )
-            )
+            shape, head = ctypes.byref(rows.network), ctypes.byref(self.head)
+            check_memory(rows.built.energy(shape, head, begin, end, *map(place, tensors)))
 
         in_parts(rows.network.rows, part)
         return energy, back

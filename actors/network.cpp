@@ -247,7 +247,7 @@ float* evaluate(const Network& network, int64_t start, int64_t n, const float* x
 }
 
 // The way back through the network, a block of up to `most` rows at a time.
-struct Descent {
+struct Backward {
     const Network& network;
     const int64_t inputs, widest;
     float *above, *below, *states, *packed, *sums, *weight;
@@ -259,7 +259,7 @@ struct Descent {
         return padded(2 * most * (widest + inputs) + widest + weights);
     }
 
-    Descent(const Network& network, const float* const* parameters, int64_t most, float* memory)
+    Backward(const Network& network, const float* const* parameters, int64_t most, float* memory)
         : network(network),
           inputs(padded(network.inputs)),
           widest(network.hidden > network.outputs ? network.hidden : network.outputs),
@@ -377,22 +377,22 @@ int32_t network_backward(const Network* shape, int64_t begin, int64_t end, const
                          const float* factors, float* by_states, float* by_embedding, float* by_parameters) {
     const Network network = *shape;
     const int64_t hidden = network.hidden, outputs = network.outputs;
-    Scratch scratch(Descent::size(network, BLOCK_ROWS) + BLOCK_ROWS * (hidden + padded(hidden)));
+    Scratch scratch(Backward::size(network, BLOCK_ROWS) + BLOCK_ROWS * (hidden + padded(hidden)));
     if (!scratch.floats) return 1;
-    const Descent descent(network, parameters, BLOCK_ROWS, scratch.floats);
-    float* slope = scratch.floats + Descent::size(network, BLOCK_ROWS);
+    const Backward backward(network, parameters, BLOCK_ROWS, scratch.floats);
+    float* slope = scratch.floats + Backward::size(network, BLOCK_ROWS);
     float* strips = slope + BLOCK_ROWS * hidden;
     for (int64_t start = begin; start < end; start += BLOCK_ROWS) {
         const int64_t n = smaller(end - start, BLOCK_ROWS);
-        memcpy(descent.above, gradient + start * outputs, n * outputs * sizeof(float));
+        memcpy(backward.above, gradient + start * outputs, n * outputs * sizeof(float));
         if (factors)
             for (int64_t r = 0; r < n; r++)
-                for (int64_t i = 0; i < outputs; i++) descent.above[r * outputs + i] *= factors[start + r];
+                for (int64_t i = 0; i < outputs; i++) backward.above[r * outputs + i] *= factors[start + r];
         auto activations = [&](int64_t layer) {
             activate_with_slope(n, hidden, kept + (layer * network.rows + start) * hidden, strips, slope);
             return Activations{strips, slope};
         };
-        descent.block(start, n, x, activations, by_states, by_embedding, by_parameters);
+        backward.block(start, n, x, activations, by_states, by_embedding, by_parameters);
     }
     return 0;
 }
@@ -560,7 +560,7 @@ void in_chunks(const Rows& rows, int64_t start, int64_t n, const float* outcome,
     for (int64_t r = 0; r < n; r += chunk.most) {
         const int64_t some = smaller(n - r, chunk.most);
         fill(rows, start + r, some, outcome + r * padded(rows.network.outputs), chunk);
-        work(start + r, some);
+        work(chunk, start + r, some);
     }
 }
 
@@ -577,8 +577,7 @@ bool in_blocks(const Rows& rows, int64_t begin, int64_t end, const float* embedd
         const int64_t n = smaller(end - start, BLOCK_ROWS);
         const float* outcome =
             evaluate(network, start, n, rows.x, embedding, factors, entering, nullptr, BLOCK_ROWS, scratch.floats);
-        in_chunks(rows, start, n, outcome, chunk,
-                  [&](int64_t first, int64_t some) { work(chunk, first, some); });
+        in_chunks(rows, start, n, outcome, chunk, work);
     }
     return true;
 }
@@ -684,7 +683,7 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
     const Rows rows{network, head, steps, x, next, scores, scale};
     const int64_t period = network.period, outputs = network.outputs;
     const int64_t together = period < BLOCK_ROWS ? BLOCK_ROWS / period : 1, most = together * period;
-    const int64_t sizes[] = {block_size(network, most), Kept::size(network, most), Descent::size(network, most),
+    const int64_t sizes[] = {block_size(network, most), Kept::size(network, most), Backward::size(network, most),
                              Chunk::arrays_size(network.inputs), 2 * padded(most)};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
@@ -692,8 +691,8 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
     if (!scratch.floats) return 1;
     float* block = scratch.floats;
     const Kept kept(network, most, block + sizes[0]);
-    const Descent descent(network, parameters, most, kept.floats + sizes[1]);
-    const Chunk chunk(network.inputs, descent.above + sizes[2]);
+    const Backward backward(network, parameters, most, kept.floats + sizes[1]);
+    const Chunk chunk(network.inputs, backward.above + sizes[2]);
     float *energy = chunk.arrays + sizes[3], *back = energy + padded(most);
     auto activations = [&](int64_t layer) { return Activations{kept.strips(layer), kept.slope(layer)}; };
     double constant = 0.0;
@@ -704,8 +703,8 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
     for (int64_t group = begin; group < end; group += together) {
         const int64_t groups = smaller(end - group, together), start = group * period, n = groups * period;
         const float* outcome = evaluate(network, start, n, x, embedding, factors, nullptr, &kept, most, block);
-        float* by_outputs = descent.above;
-        in_chunks(rows, start, n, outcome, chunk, [&](int64_t first, int64_t some) {
+        float* by_outputs = backward.above;
+        in_chunks(rows, start, n, outcome, chunk, [&](const Chunk& chunk, int64_t first, int64_t some) {
             const int64_t r = first - start;
             energies(head, chunk, some, energy + r, back + r, by_outputs + r * outputs);
         });
@@ -717,7 +716,7 @@ int32_t policy_balance(const Network* shape, const Head* how, int64_t begin, int
             for (int64_t i = (r - period) * outputs; i < r * outputs; i++) by_outputs[i] *= weight * residual[g];
         }
         if (head.scales) add_by_scale(rows, start, n, by_outputs, nullptr, by_scale);
-        descent.block(start, n, x, activations, nullptr, by_embedding, by_parameters);
+        backward.block(start, n, x, activations, nullptr, by_embedding, by_parameters);
     }
     return 0;
 }
@@ -733,7 +732,7 @@ struct Table {
 // The steps of a grid, each of all rows of the network at once (`period` 1): `steps`, `scale` [steps, scales] and
 // `embedding` [steps, hidden] are theirs. What is drawn goes to `states`, which begin with those before the first
 // step, and the scores on the way to `scores`, unless it has no entries.
-struct Course {
+struct Rollout {
     Network network;
     Head head;
     const Step* steps;
@@ -743,14 +742,14 @@ struct Course {
 
 // Step `number` of every row from `begin` to before `end`: keep x + gain u + sqrt(variance e^v + extra) noise, also to
 // `to`; that, x, scores and noise are [rows, inputs]. Returns as the network.
-int32_t policy_step(const Course* course, int64_t number, int64_t begin, int64_t end, const float* x,
+int32_t policy_step(const Rollout* rollout, int64_t number, int64_t begin, int64_t end, const float* x,
                     const float* scores, const float* noise, float* to) {
-    const Network network = course->network;
-    const Head head = course->head;
-    const Table states = course->states, seen = course->scores;
-    const float* embedding = course->embedding + number * network.hidden;
-    const float* scale = head.scales ? course->scale + number * head.scales : nullptr;
-    const Rows rows{network, head, course->steps + number, x, nullptr, scores, scale};
+    const Network network = rollout->network;
+    const Head head = rollout->head;
+    const Table states = rollout->states, seen = rollout->scores;
+    const float* embedding = rollout->embedding + number * network.hidden;
+    const float* scale = head.scales ? rollout->scale + number * head.scales : nullptr;
+    const Rows rows{network, head, rollout->steps + number, x, nullptr, scores, scale};
     const int64_t dim = network.inputs;
     auto draw = [&](const Chunk& chunk, int64_t start, int64_t n) {
         memcpy(chunk[NEXT], noise + start * dim, n * dim * sizeof(float));
@@ -767,7 +766,7 @@ int32_t policy_step(const Course* course, int64_t number, int64_t begin, int64_t
         for (int64_t r = 0; seen.entries && r < n; r++)
             memcpy(seen.at(start + r, number), scores + (start + r) * dim, dim * sizeof(float));
     };
-    return !in_blocks(rows, begin, end, embedding, course->factors, nullptr, draw);
+    return !in_blocks(rows, begin, end, embedding, rollout->factors, nullptr, draw);
 }
 
 }  // extern "C"

@@ -187,7 +187,7 @@ def score_trajectories(
     return log_pf, process.log_pb(states, times, *factors, kernels)
 
 
-def balance_at_once(
+def fused_trajectory_balance(
     policy: DiffusionPolicy,
     process: DiffusionProcess,
     states: Tensor,
@@ -197,9 +197,13 @@ def balance_at_once(
 ) -> tuple[Tensor, Tensor] | None:
     """The mean square of offset + Σ log P_B - Σ log P_F, and these residuals [B], detached, in one pass there and back.
 
+    For states [B, T+1, D], times [T+1], scores [B, T, D] where the policy uses them, and an offset [B]; log R - log Z
+    makes it the loss of trajectory balance. Gradients flow to the policy's parameters and the offset.
+
     None where native code does not serve, where P_B is learned and where no gradient is wanted: then
-    `score_trajectories` has the densities, and keeps for the way back what every step's network computes. Gradients
-    flow to the policy's parameters and the offset [B].
+    `score_trajectories` has the densities, and keeps for the way back what every step's network computes.
+
+    Source: Malkin et al. 2022 (arXiv 2201.13259); Lahlou et al. 2023 (arXiv 2301.12594).
     """
     if policy.backward_net is not None or not torch.is_grad_enabled() or not serves(states):
         return None

@@ -130,14 +130,15 @@ def bench_round(
                 with run.paused():
                     from_memory.append(memory.turn(length))
     stream, reference = _Turn.sum(in_run), _Turn.sum(from_memory)
-    paces = pace(*(turn.rows for turn in in_run)), pace(*(turn.rows for turn in from_memory))
+    stream_pace, memory_pace = pace(*(turn.rows for turn in in_run)), pace(*(turn.rows for turn in from_memory))
     return Round(
-        *paces,
-        stream.cores["learner"] / paces[0].updates_per_s,
-        reference.cores["learner"] / paces[1].updates_per_s,
-        stream.delay,
-        reference.delay,
-        stream.cores,
+        stream=stream_pace,
+        memory=memory_pace,
+        stream_cpu_s=stream.cores["learner"] / stream_pace.updates_per_s,
+        memory_cpu_s=reference.cores["learner"] / memory_pace.updates_per_s,
+        stream_delay=stream.delay,
+        memory_delay=reference.delay,
+        cores=stream.cores,
     )
 
 

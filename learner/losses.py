@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from driftstream.actors.policy import DiffusionPolicy
-from driftstream.actors.rollout import balance_at_once, score_trajectories
+from driftstream.actors.rollout import fused_trajectory_balance, score_trajectories
 from driftstream.envs.processes import DiffusionProcess
 from driftstream.envs.targets import CountedTarget, Target
 from driftstream.learner.objective_plugins import plugin_loss
@@ -136,7 +136,7 @@ def path_loss(
     """
     if objective.name == "trajectory_balance" and paths.index is None:
         offset = paths.log_reward - log_z
-        found = balance_at_once(policy, process, paths.states, paths.times, offset, paths.scores)
+        found = fused_trajectory_balance(policy, process, paths.states, paths.times, offset, paths.scores)
         if found is not None:
             loss, residual = found
             return loss, residual + log_z.detach()

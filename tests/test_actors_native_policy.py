@@ -13,7 +13,7 @@ from driftstream.actors import native, rollout
 from driftstream.actors.native import Library
 from driftstream.actors.native_policy import is_native
 from driftstream.actors.policy import DiffusionPolicy, PolicyConfig
-from driftstream.actors.rollout import balance_at_once, roll_forward, score_trajectories
+from driftstream.actors.rollout import fused_trajectory_balance, roll_forward, score_trajectories
 from driftstream.envs.grids import random_grid
 from driftstream.envs.processes import BrownianProcess, DiffusionProcess, OrnsteinUhlenbeckProcess
 from driftstream.envs.targets import Target
@@ -294,7 +294,7 @@ def make_offset(states: Tensor) -> Tensor:
 
 def balanced(policy: DiffusionPolicy, *arguments: Any) -> list[Tensor]:
     """Loss, residuals, and gradients of twice the loss by offset and parameters."""
-    found = balance_at_once(policy, *arguments)
+    found = fused_trajectory_balance(policy, *arguments)
     assert found is not None
     return with_gradients(policy, arguments[3], *found)
 
@@ -327,7 +327,7 @@ def test_balance_there_and_back_is_that_of_the_densities(
     arguments = process, states, times, make_offset(states), -states[:, :-1] if policy.langevin else None
     found = balanced(policy, *arguments)
     monkeypatch.setattr(rollout, "is_native", lambda *_: False)
-    assert balance_at_once(policy, *arguments) is None
+    assert fused_trajectory_balance(policy, *arguments) is None
     single = balanced_by_densities(policy, *arguments)
     doubled = [each.detach().double() if isinstance(each, Tensor) else each for each in arguments]
     doubled[3].requires_grad_()
@@ -339,7 +339,7 @@ def test_balance_there_and_back_is_that_of_the_densities(
 def test_balance_goes_back_as_often_as_it_is_asked_to(build: Library) -> None:
     policy, process, times, states = make_policy(3, **OPTIONS["all"]), PROCESSES[1], random_grid(STEPS), make_states(3)
     arguments = policy, process, states / 9.0, times, make_offset(states), states[:, :-1]
-    found = balance_at_once(*arguments)
+    found = fused_trajectory_balance(*arguments)
     assert found is not None
     loss, residual = found
     assert not residual.requires_grad
@@ -405,17 +405,17 @@ def test_offsets_of_another_kind_are_converted_or_left_to_the_densities(build: L
             assert error(one, other) < 1e-2
     every_other = offset.detach().repeat_interleave(2)[::2]
     assert torch.equal(balanced(policy, process, states, times, every_other.requires_grad_(), None)[1], expected[1])
-    assert balance_at_once(policy, process, states, times, offset[:1]) is None
-    assert balance_at_once(policy, process, states, times, offset.sum()) is None
+    assert fused_trajectory_balance(policy, process, states, times, offset[:1]) is None
+    assert fused_trajectory_balance(policy, process, states, times, offset.sum()) is None
 
 
 def test_balance_without_rows_or_gradients_is_left_to_the_densities(build: Library) -> None:
     policy, process, times, states = make_policy(2), PROCESSES[0], random_grid(STEPS), make_states(2)
     offset = make_offset(states)
-    assert balance_at_once(policy, process, states, times, offset) is not None
-    assert balance_at_once(policy, process, states[:0], times, offset[:0]) is None
-    assert balance_at_once(policy, process, states[:, :1], times[:1], offset) is None
+    assert fused_trajectory_balance(policy, process, states, times, offset) is not None
+    assert fused_trajectory_balance(policy, process, states[:0], times, offset[:0]) is None
+    assert fused_trajectory_balance(policy, process, states[:, :1], times[:1], offset) is None
     learned = make_policy(2, learned_backward=True)
-    assert balance_at_once(learned, process, states, times, offset) is None
+    assert fused_trajectory_balance(learned, process, states, times, offset) is None
     with torch.no_grad():
-        assert balance_at_once(policy, process, states, times, offset) is None
+        assert fused_trajectory_balance(policy, process, states, times, offset) is None
